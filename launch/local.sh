@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Starts the distill step on this machine with the deepspeed launcher, one process per rank.
+#
+#   NUM_RANKS=2 launch/local.sh CONFIG.yaml [MORE.yaml ...] [section.key=value ...]
+#
+# NUM_RANKS     ranks (default: one per GPU, or 1)
+# MASTER_PORT   rendezvous port on 127.0.0.1 (default: a free one)
+# PYTHON        interpreter of the environment pocl_dist is installed in (default: python)
+#
+# The exit code is that of the first rank that failed; RUN/status.json has it too.
+set -euo pipefail
+
+PYTHON=${PYTHON:-python}
+if [ -z "${NUM_RANKS:-}" ]; then
+    NUM_RANKS=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
+if [ -z "${MASTER_PORT:-}" ]; then
+    MASTER_PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+fi
+if ! command -v nvidia-smi >/dev/null 2>&1; then
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
+# The launcher would otherwise read /job/hostfile; an empty path keeps this on one node.
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
+exec "$PYTHON" -m deepspeed.launcher.runner \
+    --hostfile /dev/null --log_level error --num_gpus "$NUM_RANKS" --master_addr 127.0.0.1 --master_port "$MASTER_PORT" \
+    --no_local_rank --module pocl_dist distill "$@"

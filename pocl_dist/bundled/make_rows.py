@@ -1,0 +1,71 @@
+"""Writes train.jsonl, dev.jsonl and test.jsonl: the bundled instruction rows.
+
+Run it as `python -m pocl_dist.bundled.make_rows [FOLDER]`. The same seed gives the same bytes.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from pocl_dist.bundled.tasks import TASKS, Exercise
+
+SEED = 2506
+SPLIT_SIZES = {"train": 1600, "dev": 96, "test": 200}
+FOLDER = Path(__file__).parent
+
+
+def prompt_key(exercise: Exercise) -> tuple[str, str]:
+    """What makes two rows the same question."""
+    return exercise.instruction, exercise.input
+
+
+def tasks_in_turn() -> Iterator[str]:
+    """Task names round and round: every stretch of rows holds every task equally often."""
+    while True:
+        yield from TASKS
+
+
+def unseen_exercises(
+    rng: random.Random, num_rows: int, seen: set[tuple[str, str]]
+) -> list[tuple[str, Exercise]]:
+    """`num_rows` exercises with their tasks, none of them in `seen`; adds them to `seen`."""
+    chosen: list[tuple[str, Exercise]] = []
+    for _, task in zip(range(num_rows), tasks_in_turn(), strict=False):
+        exercise = TASKS[task](rng)
+        while prompt_key(exercise) in seen:
+            exercise = TASKS[task](rng)
+        seen.add(prompt_key(exercise))
+        chosen.append((task, exercise))
+    rng.shuffle(chosen)
+    return chosen
+
+
+def write_rows(folder: Path) -> None:
+    """Writes the three splits into `folder`; no question is in two of them."""
+    rng = random.Random(SEED)
+    seen: set[tuple[str, str]] = set()
+    # dev and test come first: train then has whatever is left of the small task families.
+    for split in ("dev", "test", "train"):
+        lines = [
+            json.dumps({"id": f"{split}-{number:04d}", **asdict(exercise), "task": task})
+            for number, (task, exercise) in enumerate(
+                unseen_exercises(rng, SPLIT_SIZES[split], seen)
+            )
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Writes the rows beside this file, or into the folder given."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Subcommands. A step, and with it torch, ray or deepspeed, is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocl_dist import __version__
+from pocl_dist.errors import EXIT_CODES, MissingInputError, MismatchError, PoclError, StoppedError
+from pocl_dist.files import explain_storage_error
+
+if TYPE_CHECKING:
+    from pocl_dist.config import Config
+    from pocl_dist.pipeline.run_directory import RunDirectory
+
+CONFIG_COMMANDS = {
+    "run": "all steps that the config needs; trains one student",
+    "init-student": "make the student by cutting layers from the teacher (models.student.init_layers)",
+    "measure": "score every training row with the student before training (Ray)",
+    "plan": "rank the rows, cut the stages, set temperature and KD ratio",
+    "distill": "train the student as planned (DeepSpeed) and export it",
+    "evaluate": "answer the test sets with the export; ROUGE-L and exact match (Ray)",
+    "report": "sum the run up in report.json",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pocl-dist", description="Distil a language model with the POCL curriculum (arXiv 2506.05695)."
+    )
+    parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in CONFIG_COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "config", nargs="+", metavar="CONFIG.yaml | section.key=value", help="files are layered left to right"
+        )
+    verify = commands.add_parser("verify", help="re-check every file of a run directory against its manifest")
+    verify.add_argument("run_dir", type=Path)
+    outcome = commands.add_parser("outcome", help="print status.json and exit with the run's code")
+    outcome.add_argument("run_dir", type=Path)
+    commands.add_parser("exit-codes", help="print the table of exit codes")
+    score = commands.add_parser("score", help="ROUGE-L and exact match of given answers")
+    score.add_argument("--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}')
+    score.add_argument("--references", type=Path, required=True, help="rows with the reference answers")
+    return parser
+
+
+def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], object]:
+    """Returns the function of a config command; `is_rank`: a launcher started this process."""
+    if command == "run":
+        from pocl_dist.pipeline.run import run_all as step
+    elif command == "init-student":
+        from pocl_dist.pipeline.init_student import init_student as step
+    elif command == "measure":
+        from pocl_dist.pipeline.measure import measure as step
+    elif command == "plan":
+        from pocl_dist.pipeline.plan import make_plan as step
+    elif command == "distill" and is_rank:
+        from pocl_dist.pipeline.distill import distill_rank as step
+    elif command == "distill":
+        from pocl_dist.pipeline.launch_local import run_ranks as step
+    elif command == "evaluate":
+        from pocl_dist.pipeline.evaluate import evaluate as step
+    else:
+        from pocl_dist.pipeline.report import report as step
+    return step
+
+
+def _run_config_command(command: str, words: Sequence[str]) -> None:
+    from pocl_dist.config import load_config
+    from pocl_dist.pipeline.run_directory import RunDirectory, run_lock
+
+    files = [word for word in words if "=" not in word]
+    config = load_config(files, [word for word in words if "=" in word])
+    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    run = RunDirectory(Path(config.run_dir))
+    is_writer = not is_rank or os.environ["RANK"] == "0"
+    # Ranks started by `run` work under its lock; ranks started by another launcher take their own.
+    has_lock = is_rank and os.environ.get("POCL_DIST_LOCKED") == str(run.root.resolve())
+    with nullcontext() if has_lock or not is_writer else run_lock(run.root):
+        try:
+            if is_writer and not is_rank:
+                run.root.mkdir(parents=True, exist_ok=True)
+                run.write_config(config)
+                os.environ["POCL_DIST_LOCKED"] = str(run.root.resolve())
+            if command in ("run",) or is_rank:
+                if is_writer:
+                    run.write_status("running", None, command)
+                _step_of(command, is_rank)(config, run)
+            else:
+                from pocl_dist.pipeline.run_step import run_step
+
+                run_step(command, _step_of(command, is_rank), config, run)
+            if is_writer:
+                run.write_status("done", 0, command)
+        except BaseException as error:
+            _record_failure(run, command, error, is_rank)
+            raise
+
+
+def _record_failure(run: RunDirectory, command: str, error: BaseException, is_rank: bool) -> None:
+    """Writes how the run ended; among ranks the first report stands, the others only lost a peer."""
+    code, reason = describe(error)
+    if is_rank and run.status.exists() and json.loads(run.status.read_text())["state"] != "running":
+        return
+    run.write_status("stopped" if isinstance(error, StoppedError) else "failed", code, command, reason)
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code and one line (or a few) for an exception."""
+    if isinstance(error, PoclError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and (line := explain_storage_error(error)):
+        return 74, line
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return 70, f"{type(error).__name__}: {error}"
+
+
+def _verify(run_dir: Path) -> None:
+    from pocl_dist.files import verify_manifest
+
+    if not run_dir.is_dir():
+        raise MissingInputError(f"{run_dir} is no run directory")
+    findings = verify_manifest(run_dir)
+    if findings:
+        raise MismatchError("\n".join(findings))
+    print(f"{run_dir}: every file is as its manifest says")
+
+
+def _outcome(run_dir: Path) -> int:
+    path = run_dir / "status.json"
+    if not path.is_file():
+        raise MissingInputError(f"{path} does not exist: no run was started here")
+    status = json.loads(path.read_text())
+    print(json.dumps(status, indent=1))
+    return 75 if status["exit_code"] is None else int(status["exit_code"])
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    if arguments.command == "exit-codes":
+        for row in EXIT_CODES:
+            print(f"{row.code:3d}  {row.name:12s} {'retry' if row.is_retryable else '     '}  {row.meaning}")
+    elif arguments.command == "verify":
+        _verify(arguments.run_dir)
+    elif arguments.command == "outcome":
+        return _outcome(arguments.run_dir)
+    elif arguments.command == "score":
+        from pocl_dist.pipeline.score import score_files
+
+        summary = score_files(arguments.predictions, arguments.references)
+        print(json.dumps(summary.to_json()))
+    else:
+        _run_config_command(arguments.command, arguments.config)
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parses the command line, runs the command and exits with the code of the table."""
+    arguments = _parser().parse_args(words)
+    try:
+        code = _dispatch(arguments)
+    except Exception as error:
+        code, reason = describe(error)
+        if code == 70:
+            traceback.print_exc()
+            reason += "\nThis is a bug in pocl_dist; please report it with the lines above."
+        print(f"pocl-dist {arguments.command}: {reason}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        # A rank that failed must not wait in the destructors of a process group for the others.
+        os._exit(code)
+    sys.exit(code)

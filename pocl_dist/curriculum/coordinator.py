@@ -1,0 +1,209 @@
+"""Rank 0 decides what happens next and broadcasts it; every rank does what it received.
+
+One small tensor per action carries stage, temperature, KD ratio, learning rate and the optimizer reset.
+Before each step all ranks exchange a digest of what they have *applied*, so that a rank that trains
+something else is caught and named instead of spoiling the run in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import IntEnum
+
+from pocl_dist.config import Config
+from pocl_dist.curriculum.schedules import cosine_learning_rate
+from pocl_dist.distributed.collectives import broadcast_floats, gather_ints
+from pocl_dist.distributed.process_group import Rank
+from pocl_dist.errors import WorkerError
+from pocl_dist.records import Stage
+
+
+class Action(IntEnum):
+    """What all ranks do next."""
+
+    TRAIN = 0
+    EVALUATE = 1
+    SAVE = 2
+    STOP = 3
+    FINISH = 4
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One broadcast. `step` counts optimizer steps of the run, `step_in_stage` those of the stage."""
+
+    action: Action
+    step: int
+    stage: int
+    step_in_stage: int
+    temperature: float
+    kd_ratio: float
+    learning_rate: float
+    resets_optimizer: bool
+
+    def to_floats(self) -> list[float]:
+        """Returns the fields as fp64; whole numbers stay exact."""
+        return [float(value) for value in asdict(self).values()]
+
+    @classmethod
+    def from_floats(cls, values: Sequence[float]) -> Instruction:
+        """Returns the instruction that `to_floats` took apart."""
+        action, step, stage, step_in_stage, temperature, kd_ratio, learning_rate, resets = values
+        return cls(
+            Action(int(action)),
+            int(step),
+            int(stage),
+            int(step_in_stage),
+            temperature,
+            kd_ratio,
+            learning_rate,
+            bool(resets),
+        )
+
+
+@dataclass
+class Progress:
+    """All that the next decision depends on; it is what a checkpoint keeps of the coordinator."""
+
+    step: int = 0
+    stage: int = 0
+    step_in_stage: int = 0
+    evaluated_at: int = -1
+    saved_at: int = -1
+    best_dev: float | None = None
+    best_step: int = -1
+    stage_best: float | None = None
+    num_without_gain: int = 0
+    is_converged: bool = False
+    stage_ends: list[int] = field(default_factory=list)
+
+
+class Coordinator:
+    """Holds the progress on every rank; only rank 0's decision counts."""
+
+    def __init__(self, stages: Sequence[Stage], config: Config, rank: Rank, has_dev: bool) -> None:
+        self.stages = stages
+        self.config = config
+        self.rank = rank
+        self.has_dev = has_dev
+        self.progress = Progress()
+
+    def next_instruction(self, is_stop_asked: bool, is_save_asked: bool) -> Instruction:
+        """Returns rank 0's decision. Collective."""
+        mine = self._instruction(self._decide(is_stop_asked, is_save_asked))
+        received = Instruction.from_floats(broadcast_floats(mine.to_floats(), self.rank))
+        progress = self.progress
+        if received.stage != progress.stage:
+            self.progress = replace(progress, stage_best=None, num_without_gain=0, is_converged=False)
+            self.progress.stage_ends = [*progress.stage_ends, progress.step]
+        self.progress.stage, self.progress.step_in_stage = received.stage, received.step_in_stage
+        self.progress.step = received.step
+        return received
+
+    def _decide(self, is_stop_asked: bool, is_save_asked: bool) -> Action:
+        progress, every = self.progress, self.config.checkpoint.every
+        is_saved = progress.saved_at == progress.step
+        if is_stop_asked:
+            return Action.STOP if is_saved else Action.SAVE
+        is_stage_over = self._is_stage_over()
+        dev_every = self.config.dev.every
+        is_dev_due = is_stage_over or progress.step == 0 or (dev_every is not None and progress.step % dev_every == 0)
+        if self.has_dev and is_dev_due and progress.evaluated_at != progress.step:
+            return Action.EVALUATE
+        is_best = self.config.export.select == "best_dev" and progress.best_step == progress.step
+        is_save_due = is_stage_over or is_save_asked or is_best
+        is_save_due = is_save_due or (every is not None and progress.step > 0 and progress.step % every == 0)
+        if is_save_due and not is_saved:
+            return Action.SAVE
+        if is_stage_over and progress.stage == len(self.stages) - 1:
+            return Action.FINISH
+        return Action.TRAIN
+
+    def _is_stage_over(self) -> bool:
+        progress = self.progress
+        return progress.is_converged or progress.step_in_stage == self.stages[progress.stage].num_steps
+
+    def _instruction(self, action: Action) -> Instruction:
+        progress = self.progress
+        is_next_stage = action == Action.TRAIN and self._is_stage_over()
+        stage = self.stages[progress.stage + 1 if is_next_stage else progress.stage]
+        step_in_stage = 0 if is_next_stage else progress.step_in_stage
+        optimizer = self.config.optimizer
+        return Instruction(
+            action=action,
+            step=progress.step,
+            stage=stage.index,
+            step_in_stage=step_in_stage,
+            temperature=stage.temperature,
+            kd_ratio=stage.kd_ratio,
+            learning_rate=cosine_learning_rate(
+                step_in_stage, stage.num_steps, optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
+            ),
+            resets_optimizer=is_next_stage and self.config.curriculum.optimizer == "reset",
+        )
+
+    def record_step(self) -> None:
+        """Counts a finished optimizer step."""
+        self.progress.step += 1
+        self.progress.step_in_stage += 1
+
+    def record_save(self) -> None:
+        """Notes that the present step is saved; called before the progress is written."""
+        self.progress.saved_at = self.progress.step
+
+    def record_dev(self, value: float) -> None:
+        """Takes in a dev metric (the same value on all ranks): best so far, and convergence of the stage."""
+        progress, curriculum = self.progress, self.config.curriculum
+        progress.evaluated_at = progress.step
+        sign = 1.0 if self.config.dev.metric == "rouge_l" else -1.0
+        if progress.best_dev is None or sign * (value - progress.best_dev) > 0:
+            progress.best_dev, progress.best_step = value, progress.step
+        if progress.step_in_stage == 0:
+            return  # belongs to the end of the stage before, or to the start
+        if progress.stage_best is None or sign * (value - progress.stage_best) > curriculum.min_delta:
+            progress.stage_best, progress.num_without_gain = value, 0
+        else:
+            progress.num_without_gain += 1
+        if curriculum.advance == "converged" and progress.num_without_gain >= curriculum.patience:
+            progress.is_converged = True
+
+
+def applied_digest(
+    instruction: Instruction, temperature: float, kd_ratio: float, learning_rate: float, example_ids: Sequence[str]
+) -> int:
+    """Returns 63 bits over what this rank is about to train with: read back, not as received."""
+    numbers = struct.pack(
+        "<qqqddd", instruction.step, instruction.stage, instruction.step_in_stage, temperature, kd_ratio, learning_rate
+    )
+    digest = hashlib.sha256(numbers + "\0".join(example_ids).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks told each other before a step."""
+
+    num_label_tokens: int  # over all ranks
+    is_stop_asked: bool  # by any rank
+
+
+def agree(
+    digest: int, num_label_tokens: int, is_stop_asked: bool, instruction: Instruction, rank: Rank
+) -> Agreement:
+    """Exchanges digest, token count and stop flag. Collective.
+
+    Raises WorkerError (71), on all ranks, naming those that applied something else than rank 0.
+    """
+    rows = gather_ints([digest, num_label_tokens, int(is_stop_asked)], rank)
+    strays = [index for index, row in enumerate(rows) if row[0] != rows[0][0]]
+    if strays:
+        raise WorkerError(
+            f"step {instruction.step}, stage {instruction.stage}: rank(s) {', '.join(map(str, strays))} applied another "
+            "stage, temperature, KD ratio, learning rate or batch than rank 0; the step was not taken"
+        )
+    return Agreement(sum(row[1] for row in rows), any(row[2] for row in rows))
+
+

@@ -1,0 +1,137 @@
+"""Template, tokens, the one label mask, and batches.
+
+Shapes: B rows, T positions. Labels are shifted here and nowhere else: `labels[t]` is the token that
+position t has to predict. The mask goes by position, never by token id, so eos is learnt even where
+pad equals eos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pocl_dist.errors import ConfigError, MismatchError
+from pocl_dist.records import IGNORE_INDEX, Batch, EncodedExample, Example
+
+_ALPACA = "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n"
+_WITH_CONTEXT = ", paired with an input that provides further context"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt. Only `content` may be cut, on its left; the markers around it stay."""
+
+    prefix: str
+    content: str
+    suffix: str
+
+
+class Encoder:
+    """Renders and tokenises examples for one tokenizer and template."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, max_prompt_tokens: int
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise MismatchError(f"the tokenizer {tokenizer.name_or_path} has no eos token: nothing can end an answer")
+        if template == "chat" and not tokenizer.chat_template:
+            raise ConfigError(
+                f"data.template: 'chat' is not possible: the tokenizer {tokenizer.name_or_path} has no chat template"
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_tokens = max_tokens
+        self.max_prompt_tokens = max_prompt_tokens
+
+    def render(self, example: Example) -> Prompt:
+        """Returns the prompt of an example under the template."""
+        if self.template == "chat":
+            return self._render_chat(example)
+        instruction = "\n\n".join([*(text for _, text in example.history), example.prompt])
+        content = f"{instruction}\n{example.context}" if example.context else instruction
+        if self.template == "short":
+            return Prompt("### Instruction:\n", content, "\n\n### Response:\n")
+        if self.template == "alpaca":
+            head = _ALPACA.format(more=_WITH_CONTEXT if example.context else "") + "### Instruction:\n"
+            if example.context:
+                content = f"{instruction}\n\n### Input:\n{example.context}"
+            return Prompt(head, content, "\n\n### Response:\n")
+        before, _, after = self.template.partition("{prompt}")
+        return Prompt(before, content, after)
+
+    def _render_chat(self, example: Example) -> Prompt:
+        content = (f"{example.prompt}\n{example.context}" if example.context else example.prompt).strip()
+        messages = [{"role": role, "content": text} for role, text in example.history]
+        messages.append({"role": "user", "content": content})
+        text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        before, found, after = text.rpartition(content)
+        if not found:
+            raise ConfigError("data.template: the tokenizer's chat template changes the text of the message")
+        return Prompt(before, content, after)
+
+    def _ids(self, text: str, with_special: bool = False) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=with_special, verbose=False)["input_ids"])
+        if with_special and ids and ids[-1] == self.tokenizer.eos_token_id and ids[0] != ids[-1]:
+            ids.pop()  # a tokenizer that closes every text: the prompt is not the end
+        return ids
+
+    def encode_prompt(self, example: Example) -> tuple[list[int], bool]:
+        """Returns the prompt's ids and whether its content had to be cut."""
+        prompt = self.render(example)
+        with_special = self.template != "chat"  # a chat template writes its own
+        ids = self._ids(prompt.prefix + prompt.content + prompt.suffix, with_special)
+        if len(ids) <= self.max_prompt_tokens:
+            return ids, False
+        before, after = self._ids(prompt.prefix, with_special), self._ids(prompt.suffix)
+        room = self.max_prompt_tokens - len(before) - len(after)
+        if room < 1:
+            raise ConfigError(
+                f"data.max_prompt_tokens: {self.max_prompt_tokens} leaves no room: the template alone takes "
+                f"{len(before) + len(after)} tokens"
+            )
+        return before + self._ids(prompt.content)[-room:] + after, True
+
+    def encode(self, example: Example) -> EncodedExample:
+        """Returns prompt + response + eos, both cut to their bounds; eos is lost only with a cut response."""
+        prompt_ids, is_prompt_cut = self.encode_prompt(example)
+        response_ids = [*self._ids(example.references[0]), int(self.tokenizer.eos_token_id)]  # type: ignore[arg-type]
+        room = self.max_tokens - len(prompt_ids)
+        return EncodedExample(
+            example_id=example.example_id,
+            token_ids=(*prompt_ids, *response_ids[:room]),
+            num_prompt_tokens=len(prompt_ids),
+            is_prompt_cut=is_prompt_cut,
+            is_response_cut=len(response_ids) > room,
+        )
+
+
+def shift_labels(token_ids: Sequence[int], num_prompt_tokens: int) -> tuple[list[int], list[int]]:
+    """Returns (inputs, labels), both one shorter than `token_ids`; labels of prompt tokens are ignored."""
+    labels = [IGNORE_INDEX] * (num_prompt_tokens - 1) + list(token_ids[num_prompt_tokens:])
+    return list(token_ids[:-1]), labels
+
+
+def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
+    """Returns the rows padded on the right; without rows, one row of one masked token.
+
+    The dummy lets a rank without rows take part in every forward, backward and gather of the others.
+    """
+    if not examples:
+        one = torch.tensor([[pad_id]])
+        return Batch(one, torch.ones_like(one), torch.full_like(one, IGNORE_INDEX), num_tokens=0)
+    pairs = [shift_labels(example.token_ids, example.num_prompt_tokens) for example in examples]
+    longest = max(len(inputs) for inputs, _ in pairs)
+    input_ids = [inputs + [pad_id] * (longest - len(inputs)) for inputs, _ in pairs]
+    labels = [labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in pairs]
+    lengths = torch.tensor([len(inputs) for inputs, _ in pairs])
+    mask = (torch.arange(longest)[None, :] < lengths[:, None]).long()
+    return Batch(torch.tensor(input_ids), mask, torch.tensor(labels), num_tokens=int(lengths.sum()))
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the padding id; eos where there is none (masked by position, so it does not matter)."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]

@@ -1,0 +1,78 @@
+"""Which examples, in which order: a function of (seed, stage, epoch) alone.
+
+Positions are global: the same batches come out for 1, 2, 8 or 16 ranks, and a resumed run asks for
+step s instead of replaying s steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, stage: int, epoch: int, num_examples: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stage, epoch])))
+    return generator.permutation(num_examples)
+
+
+def num_visits(num_examples: int, epochs: float) -> int:
+    """Returns the example visits of a stage; a part of an epoch counts up to the next whole example."""
+    return max(1, math.ceil(num_examples * epochs - 1e-9))
+
+
+def num_steps(num_examples: int, epochs: float, global_batch_size: int) -> int:
+    """Returns ceil(num_examples * epochs / global_batch_size)."""
+    return math.ceil(num_visits(num_examples, epochs) / global_batch_size)
+
+
+@dataclass(frozen=True)
+class StageSampler:
+    """The batches of one stage: epochs of fresh permutations, laid end to end and cut by the batch size.
+
+    A batch may span two epochs; the last batch of the stage is smaller.
+    """
+
+    seed: int
+    stage: int
+    num_examples: int
+    epochs: float
+    global_batch_size: int
+
+    @property
+    def num_steps(self) -> int:
+        """Returns the optimizer steps of the stage."""
+        return num_steps(self.num_examples, self.epochs, self.global_batch_size)
+
+    def epoch_of(self, step: int) -> int:
+        """Returns the epoch in which the step's first example lies."""
+        return step * self.global_batch_size // self.num_examples
+
+    def batch(self, step: int) -> list[int]:
+        """Returns positions in the ranking, each below `num_examples`, of the stage's step `step`."""
+        start = step * self.global_batch_size
+        stop = min(start + self.global_batch_size, num_visits(self.num_examples, self.epochs))
+        positions = []
+        for visit in range(start, stop):
+            epoch, offset = divmod(visit, self.num_examples)
+            positions.append(int(_permutation(self.seed, self.stage, epoch, self.num_examples)[offset]))
+        return positions
+
+
+def micro_batches_of_rank(
+    batch: Sequence[T], rank: int, world_size: int, micro_batch_size: int, num_micro_batches: int
+) -> list[Sequence[T]]:
+    """Returns this rank's share of a global batch, in exactly `num_micro_batches` parts; some may be empty.
+
+    Every rank gets the same number of parts, so that all take part in the same collectives.
+    """
+    share = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
+    starts = range(0, num_micro_batches * micro_batch_size, micro_batch_size)
+    return [share[start : start + micro_batch_size] for start in starts]

@@ -1,0 +1,69 @@
+"""What actors are sent: fixed batches of rows, and shards of whole batches.
+
+The batches are a function of the rows and the batch size alone. Padding decides rounding, so results are
+the same bits for any number of actors, any shard size and any interruption.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pocl_dist.records import EncodedExample
+
+
+@dataclass(frozen=True)
+class WorkBatch:
+    """Rows that go through the model together; `index` is their place among all batches."""
+
+    index: int
+    examples: tuple[EncodedExample, ...]
+    references: tuple[tuple[str, ...], ...]  # beside the examples
+
+    def seed(self, pass_seed: int) -> int:
+        """Returns the batch's own seed, so that no two batches of a pass draw the same numbers."""
+        return zlib.crc32(f"{pass_seed}/{self.index}".encode())
+
+
+@dataclass(frozen=True)
+class WorkShard:
+    """Consecutive batches: the unit that is sent, retried and saved."""
+
+    batches: tuple[WorkBatch, ...]
+    seed: int = 0  # of sampled answers
+
+    @property
+    def num_rows(self) -> int:
+        """Returns the rows of all its batches."""
+        return sum(len(batch.examples) for batch in self.batches)
+
+    @property
+    def name(self) -> str:
+        """Returns its file's name: that of its first batch, so no two layouts of shards can collide."""
+        return f"shard-{self.batches[0].index:05d}"
+
+
+def make_batches(
+    examples: Iterable[EncodedExample], references: Mapping[str, tuple[str, ...]], batch_size: int
+) -> tuple[WorkBatch, ...]:
+    """Returns all rows, sorted by prompt length and then id, cut into batches; `references` is by id."""
+    rows = sorted(examples, key=lambda example: (example.num_prompt_tokens, example.example_id))
+    cuts = [tuple(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return tuple(
+        WorkBatch(index, cut, tuple(references[example.example_id] for example in cut))
+        for index, cut in enumerate(cuts)
+    )
+
+
+def make_shards(batches: Sequence[WorkBatch], shard_size: int) -> tuple[WorkShard, ...]:
+    """Returns shards of at least `shard_size` rows in whole batches, those with the longest prompts first.
+
+    So a batch that does not fit into memory shows at once, and the end of the pass is made of short work.
+    """
+    if not batches:
+        return ()
+    batch_size = max(len(batch.examples) for batch in batches)
+    per_shard = -(-shard_size // batch_size)
+    cuts = [tuple(batches[start : start + per_shard]) for start in range(0, len(batches), per_shard)]
+    return tuple(WorkShard(cut) for cut in reversed(cuts))

@@ -1,0 +1,107 @@
+"""A model inside an actor: answers batches, and scores them for the difficulty signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pocl_dist.difficulty.signals import SIGNALS, AnsweredBatch
+from pocl_dist.difficulty.work import WorkBatch, WorkShard
+from pocl_dist.errors import ConfigError
+from pocl_dist.models.generation import Sampling, generate_answers
+from pocl_dist.models.loading import load_model, load_tokenizer
+from pocl_dist.models.sources import ModelFolder
+from pocl_dist.records import DifficultyRecord
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker is made from."""
+
+    model: ModelFolder
+    sampling: Sampling
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one shard, by example id."""
+
+    text_of_id: dict[str, str]
+
+
+class ModelWorker:
+    """Loads one model and works off shards. A plain class: the pool makes an actor of it."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def start(self) -> str:
+        """Loads the model, fp32 on CPU and bf16 on a GPU; returns the device.
+
+        Not in `__init__`: an error there reaches the driver without its class.
+        """
+        torch.set_num_threads(self.settings.num_threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self._tokenizer = load_tokenizer(self.settings.model)
+        self._model = load_model(self.settings.model, dtype).to(device)  # type: ignore[arg-type]
+        return str(device)
+
+    def answer(self, shard: WorkShard) -> Answers:
+        """Returns the model's answer to every row of the shard."""
+        texts: dict[str, str] = {}
+        for batch in shard.batches:
+            sampling = replace(self.settings.sampling, seed=batch.seed(shard.seed))
+            answers = self._within_memory(partial(self._answers, sampling=sampling), batch)
+            texts |= {row.example_id: text for row, text in zip(batch.examples, answers, strict=True)}
+        return Answers(texts)
+
+    def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
+        """Returns the difficulty of every row of the shard; a signal may be non-finite here."""
+        records = []
+        for batch in shard.batches:
+            records += self._within_memory(self._measure_batch, batch)
+        return records
+
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        assert self._model is not None and self._tokenizer is not None, "start() comes first"
+        return self._model, self._tokenizer
+
+    def _answers(self, batch: WorkBatch, sampling: Sampling) -> list[str]:
+        model, tokenizer = self._loaded()
+        return generate_answers(model, tokenizer, [row.prompt_ids for row in batch.examples], sampling)
+
+    def _measure_batch(self, batch: WorkBatch) -> list[DifficultyRecord]:
+        model, tokenizer = self._loaded()
+        answers = self._answers(batch, self.settings.sampling)
+        answered = AnsweredBatch(model, tokenizer, batch.examples, batch.references, answers)
+        columns = {name: signal.compute(answered) for name, signal in SIGNALS.items()}
+        return [
+            DifficultyRecord(
+                example_id=example.example_id,
+                num_response_tokens=example.num_response_tokens,
+                answer=answers[index],
+                **{name: values[index] for name, values in columns.items()},
+            )
+            for index, example in enumerate(batch.examples)
+        ]
+
+    def _within_memory(self, work: Callable[[WorkBatch], list[T]], batch: WorkBatch) -> list[T]:
+        try:
+            return work(batch)
+        except torch.OutOfMemoryError as error:
+            # Not halved silently: another padding rounds differently, and the result would depend on the GPU.
+            raise ConfigError(
+                f"generation.batch_size: {len(batch.examples)} prompts of up to "
+                f"{batch.examples[-1].num_prompt_tokens} tokens do not fit into the device's memory; use a smaller one"
+            ) from error

@@ -1,0 +1,153 @@
+"""Config -> DeepSpeed: the student's engine and the teacher's, and AdamW's state inside them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from pocl_dist.config import Config
+from pocl_dist.distributed.process_group import Rank, torch_dtype
+from pocl_dist.errors import ConfigError
+from pocl_dist.files import JSONValue
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_NEVER = 10**12
+
+
+def num_micro_batches(global_batch_size: int, world_size: int, micro_batch_size: int) -> int:
+    """Returns the forward passes of every rank per optimizer step; raises ConfigError when rows cannot be shared."""
+    if global_batch_size % world_size:
+        raise ConfigError(
+            f"engine.global_batch_size: {global_batch_size} rows cannot be shared by {world_size} ranks; "
+            "use a multiple of them"
+        )
+    return math.ceil(global_batch_size / world_size / micro_batch_size)
+
+
+def _precision(dtype: torch.dtype) -> dict[str, JSONValue]:
+    if dtype == torch.bfloat16:
+        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return {"fp16": {"enabled": True, "initial_scale_power": 16}} if dtype == torch.float16 else {}
+
+
+def _common(config: Config, rank: Rank) -> dict[str, JSONValue]:
+    engine = config.engine
+    steps = num_micro_batches(engine.global_batch_size, rank.world_size, engine.micro_batch_size)
+    return {
+        "train_micro_batch_size_per_gpu": engine.micro_batch_size,
+        "gradient_accumulation_steps": steps,
+        "steps_per_print": _NEVER,
+        **_precision(torch_dtype(engine.dtype, rank.device)),
+    }
+
+
+def student_engine_config(config: Config, rank: Rank) -> dict[str, JSONValue]:
+    """Returns the DeepSpeed config of the student."""
+    engine = config.engine
+    zero: dict[str, JSONValue] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": engine.offload_optimizer, "pin_memory": rank.device.type == "cuda"}
+    if engine.offload_param != "none":
+        zero["offload_param"] = {"device": engine.offload_param, "pin_memory": rank.device.type == "cuda"}
+    return {
+        **_common(config, rank),
+        "zero_optimization": zero | engine.zero_options,
+        "gradient_clipping": config.optimizer.grad_clip,
+        # torch's AdamW on offloaded state: the compiled CPU Adam is asked for below where there is a GPU.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def teacher_engine_config(config: Config, rank: Rank) -> dict[str, JSONValue]:
+    """Returns the DeepSpeed config of the frozen teacher: ZeRO-3 without optimizer."""
+    zero: dict[str, JSONValue] = {"stage": 3}
+    if config.teacher.offload_param != "none":
+        zero["offload_param"] = {"device": config.teacher.offload_param, "pin_memory": rank.device.type == "cuda"}
+    return {**_common(config, rank), "zero_optimization": zero}
+
+
+def _adamw(module: nn.Module, config: Config, rank: Rank) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    beta1, beta2 = config.optimizer.betas
+    # lr 0: ZeRO-3 takes one step with zero gradients to allocate the moments; it must not decay weights.
+    if config.engine.offload_optimizer != "none" and rank.device.type == "cuda":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return cast("torch.optim.Optimizer", DeepSpeedCPUAdam(groups, lr=0.0, betas=(beta1, beta2), eps=config.optimizer.eps))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=config.optimizer.eps)
+
+
+def build_student_engine(module: nn.Module, config: Config, rank: Rank) -> DeepSpeedEngine:
+    """Returns the engine that trains `module`, AdamW's state empty and its learning rate 0. Collective."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if config.engine.zero_stage == 0 and torch_dtype(config.engine.dtype, rank.device) != torch.float32:
+        raise ConfigError("engine.zero_stage: 0 trains in fp32 only; use stage 1, 2 or 3 with engine.dtype bf16 or fp16")
+    optimizer = _adamw(module, config, rank)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=student_engine_config(config, rank), dist_init_required=False
+    )
+    engine = cast("DeepSpeedEngine", engine)
+    reset_optimizer(engine)
+    return engine
+
+
+def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """Returns the AdamW inside DeepSpeed's ZeRO wrapper."""
+    optimizer = engine.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return cast("torch.optim.Optimizer", optimizer)
+
+
+def _adam_states(engine: DeepSpeedEngine) -> Iterator[dict[str, object]]:
+    yield from (cast("dict[str, object]", state) for state in inner_optimizer(engine).state.values())
+
+
+def reset_optimizer(engine: DeepSpeedEngine) -> None:
+    """Sets AdamW's moments and step count to zero: the state of a new optimizer."""
+    for state in _adam_states(engine):
+        for key in MOMENTS:
+            if isinstance(moment := state.get(key), torch.Tensor):
+                moment.zero_()
+    set_adam_step(engine, 0)
+
+
+def adam_step(engine: DeepSpeedEngine) -> int:
+    """Returns AdamW's step count, which its bias correction uses; 0 before the first step."""
+    return max((int(cast("float", state["step"])) for state in _adam_states(engine)), default=0)
+
+
+def set_adam_step(engine: DeepSpeedEngine, step: int) -> None:
+    """Sets AdamW's step count."""
+    for state in _adam_states(engine):
+        counter = state["step"]
+        if isinstance(counter, torch.Tensor):
+            counter.fill_(step)
+        else:
+            state["step"] = step
+
+
+def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
+    """Sets the learning rate of all parameter groups."""
+    for group in inner_optimizer(engine).param_groups:
+        group["lr"] = learning_rate
+
+
+def learning_rate_of(engine: DeepSpeedEngine) -> float:
+    """Returns the learning rate the next step will use."""
+    return float(inner_optimizer(engine).param_groups[0]["lr"])

@@ -1,0 +1,159 @@
+"""Starts and stops Ray: a private local one, or an existing cluster; always with token authentication.
+
+Ray's ports listen on every interface whatever one asks for, so the token is the guard (OPERATIONS: Ray's
+own token file is world-readable, ours is 0600 in a 0700 folder). Dashboard and usage statistics are off.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from pocl_dist.config import RayConfig
+from pocl_dist.errors import ConfigError, UnavailableError
+
+# Answers and token ids are all that passes through it; Ray's default is 30 % of the memory.
+OBJECT_STORE_BYTES = 200 << 20
+# Ray's sockets lie under the folder; a path of more than 107 bytes is no socket address.
+LONGEST_TEMPORARY_PATH = 40
+_PROBE = "import logging, sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)"
+
+
+@cache
+def _private_folder() -> Path:
+    """Returns a 0700 folder of this process, removed at its exit.
+
+    Not earlier: threads of Ray still read the token while it shuts down, and abort without it.
+    """
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="pocl-", dir=base if len(base) <= LONGEST_TEMPORARY_PATH else "/tmp"))
+    owner = os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    return folder
+
+
+@cache
+def _token_file() -> Path:
+    path = _private_folder() / "token"
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(handle, "w") as stream:
+        stream.write(secrets.token_hex(32))
+    return path
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _one_line(error: BaseException | str) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _start_local(config: RayConfig) -> None:
+    import ray
+    from ray.exceptions import RayError
+
+    # With more actors asked for than there are CPUs, Ray would wait for CPUs for ever.
+    num_cpus = None if config.num_actors is None else config.num_actors * config.cpus_per_actor
+    try:
+        ray.init(
+            address="local",  # not None: that would join whatever RAY_ADDRESS names
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(_private_folder() / "ray"),
+        )
+    except (RayError, RuntimeError, ConnectionError, TimeoutError, ValueError) as error:
+        raise UnavailableError(f"a local Ray could not be started: {_one_line(error)}") from error
+
+
+def _has_token() -> bool:
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(given) or (Path.home() / ".ray" / "auth_token").exists()
+
+
+def _check_reachable(address: str, timeout_seconds: float) -> None:
+    """Raises UnavailableError (69) unless a Ray driver can join `address` in time.
+
+    Tried in a process of its own, since `ray.init` retries for minutes in C++ and cannot be interrupted.
+    """
+    token = "set" if _has_token() else "unset"
+    complaint = f"ray.address: cannot reach Ray at {address} within {timeout_seconds:g} s (token: {token})"
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"ray.address: {address!r} is not allowed: 'auto' or HOST:PORT of the cluster's head")
+        try:
+            socket.create_connection((host, int(port)), timeout=timeout_seconds).close()
+        except OSError as error:
+            raise UnavailableError(f"{complaint}: {error}") from error
+    try:
+        subprocess.run(
+            [sys.executable, "-c", _PROBE, address], timeout=timeout_seconds, check=True, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnavailableError(complaint) from error
+    except subprocess.CalledProcessError as error:
+        said = [line for line in error.stderr.splitlines() if "Error:" in line or "rror" in line]
+        raise UnavailableError(f"{complaint}: {_one_line(said[-1] if said else 'Ray gave no reason')}") from error
+
+
+def _join_cluster(address: str, timeout_seconds: float) -> None:
+    import ray
+
+    _check_reachable(address, timeout_seconds)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Holds a connection to Ray; on exit its processes, devices and files are gone (a cluster's stay).
+
+    Inside another session it changes nothing. Raises UnavailableError (69) when Ray cannot be reached.
+    """
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPU keeps the caller's environment
+    }
+    if config.address is None:
+        environment["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
+    with _environment(environment):
+        import ray  # reads the environment once, at import
+
+        if ray.is_initialized():
+            yield
+            return
+        if config.address is None:
+            _start_local(config)
+        else:
+            _join_cluster(config.address, config.start_timeout_seconds)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(_private_folder() / "ray", ignore_errors=True)

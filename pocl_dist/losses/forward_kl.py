@@ -1,0 +1,17 @@
+"""Forward KL: the student must cover all that the teacher finds likely."""
+
+from __future__ import annotations
+
+import torch
+
+from pocl_dist.losses.log_space import kl_N
+
+
+def forward_kl(
+    student_logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor
+) -> torch.Tensor:
+    """Returns KL(teacher | student) = sum_v t (log t - log s) per token, in nats.
+
+    Source: Hinton et al. 2015 (arXiv 1503.02531), with the teacher's entropy: 0 at equality.
+    """
+    return kl_N(teacher_logprobs_NV, student_logprobs_NV)

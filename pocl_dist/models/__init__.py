@@ -1,0 +1,1 @@
+"""Models: `loading` finds and opens them, `heads` splits off the LM head, `generation` answers."""

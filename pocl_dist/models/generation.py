@@ -1,0 +1,84 @@
+"""Answers to prompts, and the cross-entropy of references. Plain models: no collectives in here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pocl_dist.models.heads import backbone_module, head_logits, hidden_states, lm_head
+from pocl_dist.records import IGNORE_INDEX, Batch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the default is greedy."""
+
+    max_new_tokens: int
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    no_repeat_ngram_size: int = 0
+    seed: int = 0
+
+    def to_generation_config(self, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+        """Returns the settings for `generate`; nothing is taken over from the model's own defaults."""
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.do_sample,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
+            **drawn,
+        )
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+) -> list[str]:
+    """Returns one answer per prompt (token ids), padded on the left as one batch.
+
+    Sampling draws from the seed and this batch alone, so a batch gives the same answers wherever and
+    whenever it runs.
+    """
+    settings = sampling.to_generation_config(tokenizer)
+    longest = max(len(prompt) for prompt in prompts)
+    pad = int(settings.pad_token_id)
+    ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if sampling.do_sample:
+            torch.manual_seed(sampling.seed)
+        output_BT = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=settings,
+        )
+    answers = tokenizer.batch_decode(output_BT[:, longest:], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+@torch.no_grad()
+def mean_cross_entropies(model: PreTrainedModel, batch: Batch, num_real_tokens: int) -> list[float]:
+    """Returns, per row, the mean cross-entropy of its label tokens at temperature 1, in nats, fp32.
+
+    Row by row through the head, so that logits of a whole batch never exist at once.
+    """
+    batch = batch.to(next(model.parameters()).device)
+    hidden_BTH = hidden_states(backbone_module(model), batch.input_ids_BT, batch.attention_mask_BT)
+    head = lm_head(model, num_real_tokens)
+    means = []
+    for hidden_TH, labels_T in zip(hidden_BTH, batch.labels_BT, strict=True):
+        is_label = labels_T != IGNORE_INDEX
+        logits_NV = head_logits(hidden_TH[is_label], head)
+        means.append(float(torch.nn.functional.cross_entropy(logits_NV, labels_T[is_label])))
+    return means

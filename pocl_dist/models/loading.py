@@ -1,0 +1,73 @@
+"""Opens a model folder: tokenizer, weights, and the checks that teacher and student belong together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from pocl_dist.errors import MismatchError, MissingInputError, RefusedError
+from pocl_dist.files import JSONValue, digest_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from pocl_dist.models.sources import ModelFolder
+
+
+def load_tokenizer(source: ModelFolder) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a model folder; raises MissingInputError (66) when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise MissingInputError(f"{source.origin}: no usable tokenizer in {source.folder}: {error}") from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def load_model(source: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns the causal language model of a folder, from safetensors only, in eval mode."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except OSError as error:
+        raise MissingInputError(f"{source.origin}: no usable model in {source.folder}: {error}") from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise RefusedError(f"{source.origin}: {error}") from error
+        raise
+    return cast("PreTrainedModel", model.eval())
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a digest of what makes two tokenizers the same: vocabulary and eos."""
+    vocabulary = cast("dict[str, JSONValue]", dict(tokenizer.get_vocab()))
+    return digest_of([vocabulary, tokenizer.eos_token_id])  # type: ignore[list-item]
+
+
+def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Raises MismatchError (78) unless both map every token to the same id and share eos.
+
+    Equal sizes are not enough: column i of both softmaxes must mean the same token.
+    """
+    first, second = teacher.get_vocab(), student.get_vocab()
+    if first == second and teacher.eos_token_id == student.eos_token_id:
+        return
+    reasons = [f"teacher {len(first)} tokens, student {len(second)} tokens"]
+    for token in sorted(set(first) | set(second)):
+        if first.get(token) != second.get(token):
+            reasons.append(f"token {token!r} is id {first.get(token)} and {second.get(token)}")
+            break
+    if teacher.eos_token_id != student.eos_token_id:
+        reasons.append(f"eos is id {teacher.eos_token_id} and {student.eos_token_id}")
+    raise MismatchError(
+        "models.teacher and models.student have different tokenizers: " + "; ".join(reasons) + ". "
+        "White-box distillation compares the two vocabularies column by column."
+    )

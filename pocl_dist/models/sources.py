@@ -1,0 +1,145 @@
+"""Where a model lies: hub id, GGUF, package file or folder -> a local folder of safetensors.
+
+Everything after this sees one form. GGUF is converted once into a cache outside the run directory.
+No pickled weights are read, and no code of a model is run unless the config says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocl_dist.errors import MissingInputError, RefusedError, UnavailableError
+from pocl_dist.files import (
+    JSONValue,
+    atomic_write_json,
+    digest_of,
+    package_file,
+    read_json,
+    sha256_file,
+)
+
+MARKER = "pocl_dist.json"
+# Hashing 140 GB of teacher at every start costs minutes; above this, sizes and headers must do.
+FULL_HASH_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder that `from_pretrained` opens, and where it came from."""
+
+    folder: Path
+    origin: str
+    trust_remote_code: bool = False
+    commit: str | None = None
+
+
+def cache_folder() -> Path:
+    """Returns the folder for converted models: $POCL_DIST_CACHE, or ~/.cache/pocl_dist."""
+    given = os.environ.get("POCL_DIST_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "pocl_dist"
+
+
+def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise MissingInputError(f"{key}: {folder} has no config.json: not a model folder")
+    weights = list(folder.glob("*.safetensors"))
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if not weights and pickled:
+        raise RefusedError(
+            f"{key}: {folder} holds only pickled weights ({pickled[0].name}), which can run code when loaded; "
+            "convert them to safetensors (transformers: save_pretrained)"
+        )
+    if not weights:
+        raise MissingInputError(f"{key}: {folder} holds no .safetensors file")
+    if not trust_remote_code and "auto_map" in read_json(folder / "config.json"):
+        raise RefusedError(
+            f"{key}: the model in {folder} brings Python code of its own; set trust_remote_code: true beside "
+            "the path if you trust its author"
+        )
+
+
+def _from_hub(path: str, revision: str | None, key: str, trust_remote_code: bool) -> ModelFolder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=[*patterns, "*.py"] if trust_remote_code else patterns))
+    except HFValidationError as error:
+        raise MissingInputError(f"{key}: {path!r} is neither a local folder or file nor a hub id") from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise UnavailableError(
+            f"{key}: {path!r} is no local folder or file, and the hub could not be reached for it"
+        ) from error
+    except HfHubHTTPError as error:
+        raise MissingInputError(f"{key}: the hub has no {path!r} (revision {revision}): {error}") from error
+    return ModelFolder(folder, path, trust_remote_code, commit=folder.name)
+
+
+def _from_gguf(file: Path, origin: str) -> ModelFolder:
+    """Converts a GGUF file to a safetensors folder in the cache, once per content."""
+    folder = cache_folder() / f"gguf-{sha256_file(file)[:24]}"
+    if (folder / MARKER).exists():
+        return ModelFolder(folder, origin)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):  # the weights are dequantised now; saving would refuse
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+    atomic_write_json(temporary / MARKER, {"origin": origin})
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process converted the same file meanwhile; both wrote the same
+        shutil.rmtree(temporary)
+    return ModelFolder(folder, origin)
+
+
+def find_model(path: str, key: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFolder:
+    """Returns the local folder of a model named by the config key `key`.
+
+    Raises MissingInputError (66), UnavailableError (69: hub not reachable) or RefusedError (77: pickled
+    weights, or code of its own without `trust_remote_code`).
+    """
+    try:
+        local = package_file(path) if path.startswith("package:") else Path(path)
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{key}: {path!r}: {error}") from error
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise MissingInputError(f"{key}: {path} is a file but not GGUF; name the model's folder")
+        return _from_gguf(local, path)
+    if local.is_dir():
+        _check_folder(local, key, trust_remote_code)
+        return ModelFolder(local, path, trust_remote_code)
+    if local.suffix == ".gguf" or local.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise MissingInputError(f"{key}: {path} does not exist (looked at {local.resolve()})")
+    found = _from_hub(path, revision, key, trust_remote_code)
+    _check_folder(found.folder, key, trust_remote_code)
+    return found
+
+
+def model_digest(source: ModelFolder) -> str:
+    """Returns a digest of config and weights: sha256 of all files, or, above 4 GiB, of sizes and headers."""
+    files = sorted([source.folder / "config.json", *source.folder.glob("*.safetensors")])
+    is_small = sum(file.stat().st_size for file in files) <= FULL_HASH_BYTES
+    parts: dict[str, JSONValue] = {}
+    for file in files:
+        if is_small:
+            parts[file.name] = sha256_file(file)
+        else:
+            with file.open("rb") as handle:
+                parts[file.name] = [file.stat().st_size, handle.read(1 << 20).hex()]
+    return digest_of(parts)

@@ -1,0 +1,124 @@
+"""The files under `difficulty/`: what measure writes and plan reads. Loads no torch.
+
+    inputs.json        what the scores are made from; written before the first shard
+    shard-00017.parquet  DifficultyRecords; the number is that of the shard's first batch
+    quarantine.jsonl   rows without a finite score, and why
+    ranking.parquet    RankedExamples, easy to hard; written by plan
+    summary.json       counts and means; written last
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocl_dist.config import Config, select_keys
+from pocl_dist.data.sources import Rows
+from pocl_dist.difficulty.signals import SIGNALS
+from pocl_dist.errors import DataError
+from pocl_dist.files import JSONValue, atomic_write, atomic_write_text, digest_of, read_json_lines, sha256_file
+from pocl_dist.models.sources import ModelFolder, model_digest
+from pocl_dist.records import DifficultyRecord, JSONRecord
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Where a model comes from is named as well as its digest, so that a refusal can name a key of the config.
+_INPUT_KEYS = (
+    "models.student.path",
+    "models.student.init_layers",
+    "data.limit",
+    "data.template",
+    "data.max_tokens",
+    "data.max_prompt_tokens",
+    "generation",
+    "ray.cpus_per_actor",
+)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+
+
+def config_inputs(config: Config, rows: Rows) -> dict[str, JSONValue]:
+    """Returns the config keys and the data digest that difficulty scores depend on."""
+    keys = select_keys(config, _INPUT_KEYS)
+    if config.models.student.path is None:
+        keys |= select_keys(config, ["models.teacher.path"])
+    return keys | {"data.train sha256": rows.digest}
+
+
+def model_inputs(key: str, source: ModelFolder) -> dict[str, JSONValue]:
+    """Returns the digests of a model's weights and of its tokenizer's files."""
+    files = {file for pattern in _TOKENIZER_FILES for file in source.folder.glob(pattern)}
+    digests: dict[str, JSONValue] = {file.name: sha256_file(file) for file in files if file.is_file()}
+    return {f"{key} sha256": model_digest(source), f"{key} tokenizer sha256": digest_of(digests)}
+
+
+def is_scored(record: DifficultyRecord) -> bool:
+    """Returns whether all signals of a record are finite."""
+    return all(math.isfinite(getattr(record, name)) for name in SIGNALS)
+
+
+# ------------------------------------------------------------------------------------------- Parquet
+
+
+def _table(record_class: type[JSONRecord], records: Sequence[JSONRecord]) -> pa.Table:
+    import pyarrow as pa
+
+    types = {"str": pa.string(), "float": pa.float64(), "int": pa.int64()}
+    # Annotations are text here (`from __future__ import annotations` in records.py).
+    schema = pa.schema([(field.name, types[str(field.type)]) for field in fields(record_class)])
+    return pa.Table.from_pylist([record.to_json() for record in records], schema=schema)
+
+
+def write_records(path: Path, record_class: type[JSONRecord], records: Sequence[JSONRecord]) -> None:
+    """Writes records as a Parquet file with one column per field, whole or not at all."""
+    import pyarrow.parquet as pq
+
+    table = _table(record_class, records)
+    atomic_write(path, lambda handle: pq.write_table(table, handle))
+
+
+def read_records(folder: Path) -> list[DifficultyRecord]:
+    """Returns the records of all shards, in the order of their batches.
+
+    Raises DataError (65) naming the file when a shard is unreadable or holds a row twice.
+    """
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    records: dict[str, DifficultyRecord] = {}
+    for path in sorted(folder.glob("shard-*.parquet")):
+        try:
+            rows = pq.ParquetFile(path).read().to_pylist()
+            found = [DifficultyRecord.from_json(row) for row in rows]
+        except (ArrowException, ValueError) as error:
+            raise DataError(f"{path}: not a file of difficulty scores ({error}); remove it and measure again") from error
+        for record in found:
+            if record.example_id in records:
+                raise DataError(f"{path}: row {record.example_id!r} stands in another shard too; measure anew")
+            records[record.example_id] = record
+    return list(records.values())
+
+
+# ---------------------------------------------------------------------------------------- quarantine
+
+
+def read_quarantine(folder: Path) -> dict[str, str]:
+    """Returns {example id: reason} of the rows that could not be scored."""
+    return {str(row["example_id"]): str(row["reason"]) for row in read_json_lines(folder / "quarantine.jsonl")}
+
+
+def add_to_quarantine(folder: Path, records: Sequence[DifficultyRecord]) -> int:
+    """Lists records without a finite score, each once; returns how many rows are listed now."""
+    reasons = read_quarantine(folder)
+    for record in records:
+        values = {name: getattr(record, name) for name in SIGNALS}
+        bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        reasons[record.example_id] = bad
+    if records:
+        lines = [json.dumps({"example_id": name, "reason": reason}) for name, reason in reasons.items()]
+        atomic_write_text(folder / "quarantine.jsonl", "\n".join(lines) + "\n")
+    return len(reasons)

@@ -1,0 +1,393 @@
+"""distill: the training step, every rank the same lines. Started by a launcher (launch/local.sh)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from pocl_dist.config import Config, select_keys
+from pocl_dist.curriculum.coordinator import Action, Coordinator, Instruction, Progress, agree, applied_digest
+from pocl_dist.data.encoding import collate, pad_id_of
+from pocl_dist.data.sampler import StageSampler, micro_batches_of_rank
+from pocl_dist.distributed.checkpoint import (
+    WEIGHTS,
+    Checkpoint,
+    agree_on_digest,
+    find_checkpoint,
+    prune_checkpoints,
+    restore_optimizer,
+    save_checkpoint,
+)
+from pocl_dist.distributed.collectives import barrier
+from pocl_dist.distributed.engine import (
+    build_student_engine,
+    learning_rate_of,
+    num_micro_batches,
+    reset_optimizer,
+    set_learning_rate,
+)
+from pocl_dist.distributed.process_group import Rank, join_process_group, lost_peers_named, torch_dtype
+from pocl_dist.errors import ConfigError, StoppedError
+from pocl_dist.files import JSONValue, atomic_write_json, digest_of
+from pocl_dist.models.heads import check_head
+from pocl_dist.models.loading import check_same_tokenizer, load_model, load_tokenizer, tokenizer_digest
+from pocl_dist.models.sources import model_digest
+from pocl_dist.pipeline.dev import dev_metric
+from pocl_dist.pipeline.export import PREFIX, write_export
+from pocl_dist.pipeline.inputs import make_encoder, read_dev, read_train, student_source, teacher_source
+from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
+from pocl_dist.pipeline.stop_request import StopRequest
+from pocl_dist.pipeline.student import StudentWithLoss
+from pocl_dist.pipeline.train_step import StepResult, train_step
+from pocl_dist.records import Batch, EncodedExample, Example, Plan
+from pocl_dist.run_log import MetricsLog, TrainingDisplay
+from pocl_dist.teacher.online import OnlineTeacher
+from pocl_dist.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedTokenizerBase
+
+    from pocl_dist.models.sources import ModelFolder
+
+# Another value of these would make another run; `engine.world_size`, micro batch, ZeRO stage and
+# offloading only change how it is computed.
+RESULT_KEYS = (
+    "seed",
+    "models",
+    "data.train",
+    "data.limit",
+    "data.dev",
+    "data.dev_limit",
+    "data.template",
+    "data.max_tokens",
+    "data.max_prompt_tokens",
+    "curriculum",
+    "dev",
+    "loss.name",
+    "loss.kwargs",
+    "loss.temperature_scaling",
+    "optimizer",
+    "policy",
+    "teacher.source",
+    "engine.global_batch_size",
+    "engine.dtype",
+    "export",
+)
+
+
+@dataclass
+class Training:
+    """What the loop works with; built once by `_prepare`."""
+
+    config: Config
+    run: RunDirectory
+    rank: Rank
+    plan: Plan
+    encoded: dict[str, EncodedExample]
+    dev_rows: list[tuple[Example, EncodedExample]]
+    student: ModelFolder
+    tokenizer: PreTrainedTokenizerBase
+    teacher: OnlineTeacher | None
+    engine: DeepSpeedEngine
+    coordinator: Coordinator
+    log: MetricsLog | None  # rank 0 writes, the others do not
+    display: TrainingDisplay
+
+    @property
+    def module(self) -> StudentWithLoss:
+        """Returns the trained module."""
+        return cast("StudentWithLoss", self.engine.module)
+
+    def record(self, row: dict[str, object]) -> None:
+        """Writes a line of `metrics.jsonl` and sends it to the trackers, on rank 0."""
+        if self.log is None:
+            return
+        self.log.write(row)
+        for tracker in self.trackers:
+            numbers = {key: float(v) for key, v in row.items() if isinstance(v, int | float) and key != "step"}
+            tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers)
+
+    def __post_init__(self) -> None:
+        folder, step = self.run.root, self.coordinator.progress.step
+        self.trackers = open_trackers(self.config.log.tensorboard, folder, step) if self.rank.is_main else []
+
+
+def distill_rank(config: Config, run: RunDirectory) -> None:
+    """Trains the student as the plan says and exports it. Collective: the launcher starts it on every rank.
+
+    1. join the group, compare inputs over the ranks, load or resume;
+    2. repeat what rank 0 says next: train, evaluate, save; until it says finish (or stop: exit code 75);
+    3. export the selected weights.
+    """
+    stop = StopRequest(run)
+    stop.install()
+    rank = join_process_group(config.engine.timeout_seconds)
+    with lost_peers_named(rank):
+        _distill(config, run, rank, stop)
+
+
+def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -> None:
+    if config.engine.world_size not in (None, rank.world_size):
+        raise ConfigError(
+            f"engine.world_size: {config.engine.world_size}, but the launcher started {rank.world_size} ranks"
+        )
+    training = _prepare(config, run, rank)
+    with training.display.live():
+        while True:
+            is_save_asked = rank.is_main and run.save_file.exists()
+            instruction = training.coordinator.next_instruction(stop.is_asked(), is_save_asked)
+            if instruction.action == Action.TRAIN:
+                _train(training, instruction, stop)
+            elif instruction.action == Action.EVALUATE:
+                _evaluate(training)
+            elif instruction.action == Action.SAVE:
+                _save(training)
+            elif instruction.action == Action.STOP:
+                _close(training)
+                raise StoppedError(f"stopped at step {instruction.step}, saved; the same command goes on from there")
+            else:
+                break
+    _export(training)
+    _close(training)
+
+
+# ------------------------------------------------------------------------------------------ prepare
+
+
+def _encode_all(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: Config, what: str, rank: Rank
+) -> dict[str, EncodedExample]:
+    encoder = make_encoder(config, tokenizer)
+    encoded = {example.example_id: encoder.encode(example) for example in examples}
+    num_prompts = sum(item.is_prompt_cut for item in encoded.values())
+    num_responses = sum(item.is_response_cut for item in encoded.values())
+    if rank.is_main and num_prompts + num_responses:
+        print(f"{what}: {num_prompts} prompts and {num_responses} responses cut, of {len(encoded)} rows", flush=True)
+    return encoded
+
+
+def _prepare(config: Config, run: RunDirectory, rank: Rank) -> Training:
+    """Loads all that the loop needs, resumed from the newest good checkpoint if there is one. Collective."""
+    num_micro_batches(config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size)
+    dtype = torch_dtype(config.engine.dtype, rank.device)
+    plan = read_plan(run.plan)
+    rows, dev = read_train(config), read_dev(config)
+    student, teacher_folder = student_source(config, run), teacher_source(config)
+    tokenizer = load_tokenizer(student)
+    if teacher_folder is not None:
+        check_same_tokenizer(load_tokenizer(teacher_folder), tokenizer)
+    inputs = _inputs(config, plan, rows.digest, student, teacher_folder, tokenizer)
+    agree_on_digest(digest_of(inputs), rank, "config, data, model or plan")
+    record = run.checkpoints / "inputs.json"
+    if not check_made_from(record, inputs) and rank.is_main:
+        atomic_write_json(record, inputs)
+    barrier(rank)
+
+    checkpoint = find_checkpoint(run.checkpoints, rank)
+    coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
+    if checkpoint is not None:
+        coordinator.progress = Progress(**checkpoint.state)  # type: ignore[arg-type]
+    engine = _student_engine(config, rank, student, tokenizer, checkpoint)
+    teacher = None
+    if teacher_folder is not None:
+        teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
+    dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
+    display = TrainingDisplay(sum(stage.num_steps for stage in plan.stages), config.log.every)
+    if checkpoint is not None and rank.is_main:
+        print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
+    if rank.is_main:
+        print(
+            f"distill: {rank.world_size} rank(s) on {rank.device.type}, ZeRO stage {config.engine.zero_stage}, {dtype}, "
+            f"{num_micro_batches(config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size)} "
+            f"micro-batch(es) of at most {config.engine.micro_batch_size} rows per rank and step",
+            flush=True,
+        )
+    return Training(
+        config=config,
+        run=run,
+        rank=rank,
+        plan=plan,
+        encoded=_encode_all(rows.examples, tokenizer, config, "train", rank),
+        dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples] if dev else [],
+        student=student,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        engine=engine,
+        coordinator=coordinator,
+        log=MetricsLog(run.metrics, coordinator.progress.step) if rank.is_main else None,
+        display=display,
+    )
+
+
+def _inputs(
+    config: Config,
+    plan: Plan,
+    data_digest: str,
+    student: ModelFolder,
+    teacher: ModelFolder | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, JSONValue]:
+    stages = [stage.to_json() for stage in plan.stages]
+    return {
+        **select_keys(config, RESULT_KEYS),
+        "digest.data": data_digest,
+        "digest.plan": digest_of(cast("JSONValue", [list(plan.ranking), stages])),
+        "digest.student": model_digest(student),
+        "digest.teacher": None if teacher is None else model_digest(teacher),
+        "digest.tokenizer": tokenizer_digest(tokenizer),
+    }
+
+
+def _student_engine(
+    config: Config,
+    rank: Rank,
+    student: ModelFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint | None,
+) -> DeepSpeedEngine:
+    model = load_model(student, torch.float32)
+    if checkpoint is None:
+        check_head(model, len(tokenizer))
+    else:
+        targets = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in checkpoint.tensors(WEIGHTS):
+                targets[name.removeprefix(PREFIX)].copy_(value)
+    if config.engine.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = StudentWithLoss(model.to(torch_dtype(config.engine.dtype, rank.device)), config.loss, len(tokenizer))
+    engine = build_student_engine(module, config, rank)
+    if checkpoint is not None:
+        restore_optimizer(engine, checkpoint)
+    return engine
+
+
+# --------------------------------------------------------------------------------------- the actions
+
+
+def _train(training: Training, instruction: Instruction, stop: StopRequest) -> None:
+    """Applies the instruction, checks that all ranks did, takes the step and logs it. Collective."""
+    started = time.monotonic()
+    config, rank, engine = training.config, training.rank, training.engine
+    if instruction.resets_optimizer:
+        reset_optimizer(engine)
+    set_learning_rate(engine, instruction.learning_rate)
+    training.module.temperature = instruction.temperature
+    training.module.kd_ratio = instruction.kd_ratio
+    engine.train()
+
+    sampler = _sampler(training, instruction.stage)
+    example_ids = [training.plan.ranking[position] for position in sampler.batch(instruction.step_in_stage)]
+    batches = _micro_batches(training, example_ids)
+    digest = applied_digest(
+        instruction, training.module.temperature, training.module.kd_ratio, learning_rate_of(engine), example_ids
+    )
+    num_label_tokens = sum(batch.num_label_tokens for batch in batches)
+    agreement = agree(digest, num_label_tokens, stop.was_signalled, instruction, rank)
+    # Dropout masks: a function of step and rank, so that a resumed run draws the same ones.
+    torch.manual_seed(config.seed * 1_000_003 + instruction.step * 1009 + rank.index)
+    teacher = training.teacher if instruction.kd_ratio > 0 else None
+    result = train_step(engine, teacher, batches, agreement.num_label_tokens, instruction, rank)
+    training.coordinator.record_step()
+    _log_step(training, instruction, result, sampler, time.monotonic() - started)
+
+
+def _sampler(training: Training, stage_index: int) -> StageSampler:
+    stage = training.plan.stages[stage_index]
+    return StageSampler(
+        training.config.seed,
+        stage.index,
+        stage.num_examples,
+        stage.epochs,
+        training.config.engine.global_batch_size,
+    )
+
+
+def _micro_batches(training: Training, example_ids: Sequence[str]) -> list[Batch]:
+    engine, rank = training.config.engine, training.rank
+    count = num_micro_batches(engine.global_batch_size, rank.world_size, engine.micro_batch_size)
+    shares = micro_batches_of_rank(example_ids, rank.index, rank.world_size, engine.micro_batch_size, count)
+    pad_id = pad_id_of(training.tokenizer)
+    return [collate([training.encoded[example_id] for example_id in share], pad_id) for share in shares]
+
+
+def _log_step(
+    training: Training, instruction: Instruction, result: StepResult, sampler: StageSampler, seconds: float
+) -> None:
+    values = asdict(result)
+    num_input_tokens, was_skipped = values.pop("num_input_tokens"), values.pop("was_skipped")
+    row: dict[str, object] = {
+        "kind": "step",
+        "step": instruction.step + 1,
+        "stage": instruction.stage,
+        "epoch": sampler.epoch_of(instruction.step_in_stage),
+        "temperature": instruction.temperature,
+        "kd_ratio": instruction.kd_ratio,
+        "learning_rate": instruction.learning_rate,
+        "tokens_per_second": num_input_tokens / seconds,
+        **values,
+    }
+    if was_skipped:
+        row["skipped"] = True
+    training.record(row)
+    if training.rank.is_main:
+        training.display.step(row, len(training.plan.stages))
+
+
+def _evaluate(training: Training) -> None:
+    """Computes the dev metric and tells the coordinator. Collective."""
+    started = time.monotonic()
+    config, coordinator = training.config, training.coordinator
+    value = dev_metric(training.engine, training.tokenizer, training.dev_rows, config, training.rank)
+    coordinator.record_dev(value)
+    progress = coordinator.progress
+    row = {"step": progress.step, "stage": progress.stage, "metric": config.dev.metric, "value": value}
+    training.record({"kind": "dev", **row, "seconds": time.monotonic() - started})
+    if training.rank.is_main:
+        note = " (best so far)" if progress.best_step == progress.step else ""
+        training.display.note(f"step {progress.step}: dev {config.dev.metric} {value:.2f}{note}")
+
+
+def _save(training: Training) -> None:
+    """Commits a checkpoint and removes old ones. Collective."""
+    started = time.monotonic()
+    coordinator, rank, run = training.coordinator, training.rank, training.run
+    coordinator.record_save()
+    progress = coordinator.progress
+    state = {field.name: getattr(progress, field.name) for field in fields(progress)}
+    num_bytes = save_checkpoint(training.engine, run.checkpoints, progress.step, state, rank)
+    seconds = time.monotonic() - started
+    row = {"step": progress.step, "stage": progress.stage, "bytes": num_bytes, "seconds": seconds}
+    training.record({"kind": "checkpoint", **row})
+    if rank.is_main:
+        is_kept = training.config.export.select == "best_dev"
+        prune_checkpoints(run.checkpoints, training.config.checkpoint.keep_last, progress.best_step if is_kept else -1)
+        run.save_file.unlink(missing_ok=True)
+        training.display.note(f"step {progress.step}: checkpoint, {num_bytes / 1e6:.1f} MB in {seconds:.1f} s")
+
+
+def _export(training: Training) -> None:
+    """Writes the selected weights for `from_pretrained`. Collective (finding the checkpoint)."""
+    config, rank, run = training.config, training.rank, training.run
+    progress = training.coordinator.progress
+    step = progress.best_step if config.export.select == "best_dev" else progress.step
+    checkpoint = find_checkpoint(run.checkpoints, rank, only_step=step)
+    if rank.is_main:
+        assert checkpoint is not None, "the last step of a stage is always saved"
+        dtype = torch_dtype(config.engine.dtype, rank.device)
+        write_export(run.export, training.student, training.tokenizer, checkpoint, dtype, config, training.plan.stages)
+        print(f"exported step {checkpoint.step} to {run.export}", flush=True)
+    barrier(rank)
+
+
+def _close(training: Training) -> None:
+    if training.log is not None:
+        training.log.close()
+    for tracker in training.trackers:
+        tracker.close()

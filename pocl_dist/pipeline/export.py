@@ -1,0 +1,103 @@
+"""A checkpoint -> a folder that plain `from_pretrained` opens, with tokenizer and model card."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pocl_dist import __version__
+from pocl_dist.config import Config
+from pocl_dist.distributed.checkpoint import WEIGHTS, Checkpoint
+from pocl_dist.files import atomic_write_text, fsync_folder
+from pocl_dist.models.loading import load_model
+from pocl_dist.models.sources import ModelFolder
+from pocl_dist.records import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PREFIX = "model."  # of the student inside the trained module
+
+
+def student_from_checkpoint(source: ModelFolder, checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a plain model of the student's architecture with the checkpoint's weights."""
+    settings = AutoConfig.from_pretrained(
+        source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
+    )
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(settings), dtype=dtype)
+    targets = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in checkpoint.tensors(WEIGHTS):
+            targets.pop(name.removeprefix(PREFIX)).copy_(value)
+    if targets:
+        raise RuntimeError(f"{checkpoint.folder} lacks {', '.join(sorted(targets))}")
+    return model.eval()
+
+
+def _model_card(config: Config, stages: tuple[Stage, ...], step: int) -> str:
+    teacher = config.models.teacher
+    rows = "\n".join(
+        f"| {s.index + 1} | {s.num_examples} | {s.temperature:.3f} | {s.kd_ratio:.3f} | {s.epochs:g} | {s.num_steps} |"
+        for s in stages
+    )
+    method = "supervised fine-tuning" if teacher is None else f"{config.loss.name} with the POCL curriculum (arXiv 2506.05695)"
+    if teacher is not None and len(stages) == 1:
+        method = f"{config.loss.name}, plain distillation"
+    origin = config.models.student.path or f"layers {config.models.student.init_layers} of the teacher"
+    return f"""---
+library_name: transformers
+tags: [distillation, pocl]
+---
+# Distilled student
+
+- student made from: `{origin}`
+- teacher: `{teacher.path if teacher else 'none'}`
+- method: {method}
+- training rows: `{config.data.train}`, template `{config.data.template}`
+- seed {config.seed}, {step} optimizer steps of {config.engine.global_batch_size} rows
+- written by pocl_dist {__version__}
+
+| stage | examples | temperature | KD ratio | epochs | steps |
+|---|---|---|---|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
+
+
+def write_export(
+    folder: Path,
+    source: ModelFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    config: Config,
+    stages: tuple[Stage, ...],
+) -> None:
+    """Writes the export folder whole or not at all, then reads it back and compares every weight. Rank 0 only."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model = student_from_checkpoint(source, checkpoint, dtype)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    atomic_write_text(temporary / "README.md", _model_card(config, stages, checkpoint.step))
+    written = load_model(ModelFolder(temporary, str(folder), source.trust_remote_code), dtype)
+    expected = dict(model.named_parameters())
+    for name, value in written.named_parameters():
+        if not torch.equal(value, expected[name]):
+            raise RuntimeError(f"{temporary}: {name} was not read back as written")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    fsync_folder(folder.parent)

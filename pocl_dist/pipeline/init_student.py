@@ -1,0 +1,40 @@
+"""init-student: makes the student that the config cuts from the teacher."""
+
+from __future__ import annotations
+
+import shutil
+
+from pocl_dist.config import Config
+from pocl_dist.errors import ConfigError
+from pocl_dist.files import JSONValue, atomic_write_json
+from pocl_dist.models.pruning import write_pruned_student
+from pocl_dist.models.sources import MARKER, model_digest
+from pocl_dist.pipeline.inputs import teacher_source
+from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
+
+
+def needs_init_student(config: Config) -> bool:
+    """Returns whether the student is to be made from the teacher."""
+    return config.models.student.init_layers is not None
+
+
+def init_student(config: Config, run: RunDirectory) -> None:
+    """Writes `init_student/` (safetensors, tokenizer); does nothing when it is there already."""
+    teacher = teacher_source(config)
+    layers = config.models.student.init_layers
+    if teacher is None or layers is None:
+        raise ConfigError("models.student.init_layers: names the teacher layers to keep; it is not set")
+    made_from: dict[str, JSONValue] = {
+        "models.student.init_layers": list(layers),
+        "digest.teacher": model_digest(teacher),
+    }
+    if check_made_from(run.init_student / MARKER, made_from):
+        print(f"init-student: {run.init_student} is there", flush=True)
+        return
+    temporary = run.root / ".tmp-init_student"
+    shutil.rmtree(temporary, ignore_errors=True)
+    write_pruned_student(teacher, layers, temporary)
+    atomic_write_json(temporary / MARKER, made_from)
+    shutil.rmtree(run.init_student, ignore_errors=True)
+    temporary.rename(run.init_student)
+    print(f"init-student: kept {len(layers)} layers of {teacher.origin} in {run.init_student}", flush=True)

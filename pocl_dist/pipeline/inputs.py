@@ -1,0 +1,92 @@
+"""What several steps need: rows, models and the encoder that a config names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocl_dist.config import Config
+from pocl_dist.data.sources import Rows, read_rows
+from pocl_dist.errors import DataError
+from pocl_dist.files import atomic_write_text
+from pocl_dist.pipeline.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pocl_dist.data.encoding import Encoder
+    from pocl_dist.models.sources import ModelFolder
+
+
+def _read(config: Config, source: str, key: str, limit: int | None) -> Rows:
+    data = config.data
+    return read_rows(source, key, limit=limit, on_bad_row=data.on_bad_row, max_bad_rows=data.max_bad_rows)
+
+
+def read_train(config: Config) -> Rows:
+    """Returns the training rows; raises DataError (65) when there are fewer than stages."""
+    rows = _read(config, config.data.train, "data.train", config.data.limit)
+    if len(rows.examples) < config.curriculum.num_stages:
+        raise DataError(
+            f"{config.data.train}: {len(rows.examples)} rows cannot fill curriculum.num_stages "
+            f"{config.curriculum.num_stages} stages"
+        )
+    return rows
+
+
+def read_dev(config: Config) -> Rows | None:
+    """Returns the dev rows, or None when the config names none."""
+    if config.data.dev is None:
+        return None
+    return _read(config, config.data.dev, "data.dev", config.data.dev_limit)
+
+
+def read_eval_sets(config: Config) -> dict[str, Rows]:
+    """Returns {name: rows} of the test sets; the name is the file's, a repeated one gets `-2`."""
+    sets: dict[str, Rows] = {}
+    for index, source in enumerate(config.data.eval):
+        stem = Path(source.partition("#")[0].partition("@")[0]).stem
+        name, number = stem, 1
+        while name in sets:
+            number += 1
+            name = f"{stem}-{number}"
+        sets[name] = _read(config, source, f"data.eval.{index}", config.data.eval_limit)
+    return sets
+
+
+def write_quarantine(run: RunDirectory, all_rows: list[Rows]) -> int:
+    """Lists the bad rows of all sources in `quarantine.jsonl`; returns how many there are."""
+    bad = [row for rows in all_rows for row in rows.bad_rows]
+    if bad:
+        lines = [json.dumps({"source": b.source, "row": b.row, "reason": b.reason}) for b in bad]
+        atomic_write_text(run.root / "quarantine.jsonl", "\n".join(lines) + "\n")
+    return len(bad)
+
+
+def teacher_source(config: Config) -> ModelFolder | None:
+    """Returns the teacher's local folder (converted, downloaded), or None for SFT."""
+    from pocl_dist.models.sources import find_model
+
+    teacher = config.models.teacher
+    if teacher is None:
+        return None
+    return find_model(teacher.path, "models.teacher.path", teacher.revision, teacher.trust_remote_code)
+
+
+def student_source(config: Config, run: RunDirectory) -> ModelFolder:
+    """Returns the student's local folder: the given one, or the one that init-student made."""
+    from pocl_dist.models.sources import ModelFolder, find_model
+
+    student = config.models.student
+    if student.path is None:
+        layers = ",".join(map(str, student.init_layers or ()))
+        return ModelFolder(run.init_student, f"layers {layers} of {config.models.teacher and config.models.teacher.path}")
+    return find_model(student.path, "models.student.path", student.revision, student.trust_remote_code)
+
+
+def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """Returns the encoder for the config's template and lengths."""
+    from pocl_dist.data.encoding import Encoder
+
+    return Encoder(tokenizer, config.data.template, config.data.max_tokens, config.data.max_prompt_tokens)

@@ -1,0 +1,73 @@
+"""Starts the ranks of distill on this machine, through launch/local.sh, and reads how they ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+from pocl_dist import errors
+from pocl_dist.config import Config
+from pocl_dist.files import read_json
+from pocl_dist.pipeline.run_directory import RunDirectory
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def launch_file(name: str) -> Path:
+    """Returns a file of launch/, from the wheel or from the checkout."""
+    inside = _PACKAGE / "launch" / name
+    return inside if inside.exists() else _PACKAGE.parent / "launch" / name
+
+
+def run_ranks(config: Config, run: RunDirectory) -> None:
+    """Runs distill on `engine.world_size` ranks and waits; raises the error the ranks ended with.
+
+    SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and leave together;
+    the launcher itself never sees them (it would kill the ranks).
+    """
+    environment = dict(os.environ)
+    environment["PYTHON"] = sys.executable
+    if config.engine.world_size is not None:
+        environment["NUM_RANKS"] = str(config.engine.world_size)
+    paths = [str(_PACKAGE.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    command = ["bash", str(launch_file("local.sh")), str(run.root / "config.yaml")]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def ask_to_stop(number: int, _frame: FrameType | None) -> None:
+        if received:
+            os.killpg(process.pid, signal.SIGKILL)  # the second signal means now
+        received.append(number)
+        run.stop_file.parent.mkdir(parents=True, exist_ok=True)
+        run.stop_file.touch()
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, ask_to_stop) for number in numbers}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            run.stop_file.unlink(missing_ok=True)
+    _raise_outcome(code, run)
+
+
+def _raise_outcome(code: int, run: RunDirectory) -> None:
+    """Raises what the ranks ended with; the launcher's own code is only a hint."""
+    status = read_json(run.status)
+    state, outcome, reason = status["state"], status["exit_code"], str(status["reason"])
+    if state == "done" and status["phase"] == "distill" and code == 0:
+        return
+    if state in ("failed", "stopped") and status["phase"] == "distill":
+        for kind in vars(errors).values():
+            if isinstance(kind, type) and issubclass(kind, errors.PoclError) and kind.exit_code == outcome:
+                raise cast("type[errors.PoclError]", kind)(reason)
+        raise RuntimeError(f"distill failed: {reason}")
+    raise errors.WorkerError(f"the ranks of distill ended without a word (launcher's exit code {code})")

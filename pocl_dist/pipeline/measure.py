@@ -1,0 +1,151 @@
+"""Step 1: the student before training answers every prompt and scores every reference (POCL section 3.1)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from pocl_dist.config import Config
+from pocl_dist.data.sources import Rows
+from pocl_dist.difficulty.fusion import tie_shares
+from pocl_dist.difficulty.work import WorkBatch, WorkShard, make_batches, make_shards
+from pocl_dist.errors import DataError, MissingInputError
+from pocl_dist.files import atomic_write_json
+from pocl_dist.models.sources import ModelFolder
+from pocl_dist.pipeline.difficulty_files import (
+    add_to_quarantine,
+    config_inputs,
+    is_scored,
+    model_inputs,
+    read_quarantine,
+    read_records,
+    write_records,
+)
+from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source
+from pocl_dist.pipeline.progress import RowProgress, say, warn
+from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
+from pocl_dist.records import DifficultyRecord, EncodedExample
+
+# Above this share of ties a signal says little about the order.
+TIE_WARNING = 0.5
+
+
+def measure(config: Config, run: RunDirectory) -> None:
+    """Writes `difficulty/`: one record per training row, then the summary.
+
+    1. refuse scores that were made from other inputs; 2. encode all rows and cut them into batches;
+    3. send the batches that are not done to the actors and save each shard; 4. summarise.
+    An interrupted pass goes on with what is missing; a finished one returns at once.
+    """
+    rows = read_train(config)
+    source = student_source(config, run)
+    if not (source.folder / "config.json").exists():
+        raise MissingInputError(f"models.student: {source.folder} is not there yet: run `pocl-dist init-student` first")
+    inputs = config_inputs(config, rows) | model_inputs("models.student", source)
+    if not check_made_from(run.difficulty / "inputs.json", inputs):
+        atomic_write_json(run.difficulty / "inputs.json", inputs)
+    done = _finished_ids(run)
+    is_finished = done >= set(rows.by_id())
+    if is_finished and (run.difficulty / "summary.json").exists():
+        say(f"measure: {len(done)} rows are measured already")
+        return
+    started = time.monotonic()
+    encoded = _encode(config, rows, source)
+    if not is_finished:
+        _work_off(config, run, source, _open_batches(config, rows, encoded, done), len(rows.examples))
+    _summarise(run, encoded, time.monotonic() - started)
+
+
+def _finished_ids(run: RunDirectory) -> set[str]:
+    return {record.example_id for record in read_records(run.difficulty)} | set(read_quarantine(run.difficulty))
+
+
+def _encode(config: Config, rows: Rows, source: ModelFolder) -> list[EncodedExample]:
+    from pocl_dist.models.loading import load_tokenizer
+
+    encoder = make_encoder(config, load_tokenizer(source))
+    encoded = [encoder.encode(example) for example in rows.examples]
+    for what, num_cut, key in (
+        ("prompts", sum(example.is_prompt_cut for example in encoded), "data.max_prompt_tokens"),
+        ("responses", sum(example.is_response_cut for example in encoded), "data.max_tokens"),
+    ):
+        if num_cut:
+            warn(f"{num_cut} of {len(encoded)} {what} are cut to {key}")
+    return encoded
+
+
+def _open_batches(
+    config: Config, rows: Rows, encoded: Sequence[EncodedExample], done: set[str]
+) -> list[WorkBatch]:
+    """Returns the batches with a row that is not done. They are whole: a part would pad differently."""
+    references = {example.example_id: example.references[:1] for example in rows.examples}
+    batches = make_batches(encoded, references, config.generation.batch_size)
+    return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
+
+
+def _work_off(
+    config: Config, run: RunDirectory, source: ModelFolder, batches: Sequence[WorkBatch], num_rows: int
+) -> None:
+    from pocl_dist.difficulty.worker import ModelWorker, WorkerSettings
+    from pocl_dist.distributed.ray_pool import ActorPool
+    from pocl_dist.distributed.ray_session import ray_session
+    from pocl_dist.models.generation import Sampling
+
+    settings = WorkerSettings(source, Sampling(config.generation.max_new_tokens), config.ray.cpus_per_actor)
+    shards = {shard.name: shard for shard in make_shards(batches, config.ray.shard_size)}
+    num_open = sum(shard.num_rows for shard in shards.values())
+    say(f"measure: {num_open} of {num_rows} rows, in {len(shards)} shards, with {source.origin}")
+    with (
+        ray_session(config.ray),
+        RowProgress("measure", num_rows, num_rows - num_open) as progress,
+        ActorPool[WorkShard](ModelWorker, settings, config.ray, len(shards), progress.note) as pool,
+    ):
+        for name, result in pool.map("measure", shards):
+            assert isinstance(result, list)
+            _save_shard(config, run, name, result)
+            progress.advance(shards[name].num_rows)
+
+
+def _save_shard(config: Config, run: RunDirectory, name: str, records: list[DifficultyRecord]) -> None:
+    """Writes a shard's scored rows, its other rows to the quarantine first: the shard's file says "done"."""
+    num_quarantined = add_to_quarantine(run.difficulty, [record for record in records if not is_scored(record)])
+    if num_quarantined > config.data.max_bad_rows:
+        raise DataError(
+            f"{run.difficulty / 'quarantine.jsonl'}: {num_quarantined} rows have no finite score "
+            f"(data.max_bad_rows is {config.data.max_bad_rows}); are the student's weights sound?"
+        )
+    scored = [record for record in records if is_scored(record)]
+    write_records(run.difficulty / f"{name}.parquet", DifficultyRecord, scored)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _summarise(run: RunDirectory, encoded: Sequence[EncodedExample], seconds: float) -> None:
+    records = read_records(run.difficulty)
+    ties = tie_shares(records)
+    num_quarantined = len(read_quarantine(run.difficulty))
+    summary = {
+        "num_examples": len(records),
+        "num_prompts_cut": sum(example.is_prompt_cut for example in encoded),
+        "num_responses_cut": sum(example.is_response_cut for example in encoded),
+        "num_empty_answers": sum(not record.answer.strip() for record in records),
+        "num_quarantined": num_quarantined,
+        "tie_shares": ties,
+        "mean_rouge_l": _mean([record.rouge_l for record in records]),
+        "mean_cross_entropy": _mean([record.cross_entropy for record in records]),
+        "seconds": seconds,  # of this attempt
+    }
+    atomic_write_json(run.difficulty / "summary.json", summary)
+    if num_quarantined:
+        warn(f"{num_quarantined} rows have no finite score and are left out: {run.difficulty / 'quarantine.jsonl'}")
+    for name, share in ties.items():
+        if share > TIE_WARNING:
+            warn(f"{100 * share:.0f} % of the rows tie in {name}: it says little about their order")
+    if records:
+        say(
+            f"measure: {len(records)} rows in {seconds:.0f} s, mean ROUGE-L {100 * float(summary['mean_rouge_l']):.2f}, "  # type: ignore[arg-type]
+            f"mean cross-entropy {summary['mean_cross_entropy']:.4f}"
+        )

@@ -1,0 +1,51 @@
+"""All that can be known to be wrong before a model is loaded: rows, paths, tokenizers, batch."""
+
+from __future__ import annotations
+
+from pocl_dist.config import Config
+from pocl_dist.errors import ConfigError
+from pocl_dist.pipeline.inputs import read_dev, read_eval_sets, read_train, teacher_source, write_quarantine
+from pocl_dist.pipeline.run_directory import RunDirectory
+
+
+def check_inputs(config: Config, run: RunDirectory) -> None:
+    """Reads all rows, finds the models and compares their tokenizers; raises the first problem.
+
+    Cheap things first: a bad row is known in milliseconds, a tokenizer takes seconds.
+    """
+    train, dev, tests = read_train(config), read_dev(config), read_eval_sets(config)
+    num_bad = write_quarantine(run, [train, *([dev] if dev else []), *tests.values()])
+    if num_bad:
+        print(f"WARNING: {num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}", flush=True)
+    teacher = teacher_source(config)
+    from pocl_dist.models.loading import check_same_tokenizer, load_tokenizer
+    from pocl_dist.models.sources import find_model
+
+    given = config.models.student
+    if given.path is None:
+        assert teacher is not None, "checked with the config"
+        encoder_tokenizer = load_tokenizer(teacher)
+    else:
+        student = find_model(given.path, "models.student.path", given.revision, given.trust_remote_code)
+        encoder_tokenizer = load_tokenizer(student)
+        if teacher is not None:
+            check_same_tokenizer(load_tokenizer(teacher), encoder_tokenizer)
+    from pocl_dist.pipeline.inputs import make_encoder
+
+    encoder = make_encoder(config, encoder_tokenizer)
+    encoder.encode(train.examples[0])  # the template must leave room for a prompt
+    _check_ranks(config)
+
+
+def _check_ranks(config: Config) -> None:
+    """Raises ConfigError when the ranks of this machine cannot share the global batch."""
+    import torch
+
+    ranks = config.engine.world_size or max(1, torch.cuda.device_count())
+    if config.engine.global_batch_size % ranks:
+        raise ConfigError(
+            f"engine.global_batch_size: {config.engine.global_batch_size} rows cannot be shared by {ranks} ranks "
+            "(one per GPU); use a multiple of them or set engine.world_size"
+        )
+    if config.engine.dtype == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("engine.dtype: 'fp16' is not possible on CPU: use fp32 or bf16")

@@ -1,0 +1,79 @@
+"""Progress of a pass over rows: a live bar with rows/s and ETA on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class RowProgress:
+    """Shows how many of `total` rows are done; a continued pass starts at `num_done`."""
+
+    def __init__(self, title: str, total: int, num_done: int = 0) -> None:
+        self._title = title
+        self._total = total
+        self._num_done = num_done
+        self._num_before = num_done
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} rows"),
+                TextColumn("{task.fields[speed]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns)
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._num_done, speed="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, num_rows: int) -> None:
+        """Counts finished rows and shows them."""
+        self._num_done += num_rows
+        now = time.monotonic()
+        rows_per_second = (self._num_done - self._num_before) / max(now - self._started, 1e-9)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._num_done, speed=f"{rows_per_second:.1f} rows/s")
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or self._num_done == self._total:
+            left = (self._total - self._num_done) / rows_per_second
+            print(
+                f"{self._title}: {self._num_done}/{self._total} rows, {rows_per_second:.1f} rows/s, ETA {left:.0f} s",
+                flush=True,
+            )
+            self._last_line = now
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+
+def say(text: str) -> None:
+    """Prints a line about the step."""
+    print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints a warning on stderr: something is allowed, but probably not what was meant."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

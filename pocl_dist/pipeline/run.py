@@ -1,0 +1,35 @@
+"""run: all steps that the config needs, one after the other; what is finished is not done again."""
+
+from __future__ import annotations
+
+from pocl_dist.config import Config
+from pocl_dist.pipeline.evaluate import evaluate
+from pocl_dist.pipeline.init_student import init_student, needs_init_student
+from pocl_dist.pipeline.launch_local import run_ranks
+from pocl_dist.pipeline.measure import measure
+from pocl_dist.pipeline.plan import make_plan, needs_difficulty
+from pocl_dist.pipeline.preflight import check_inputs
+from pocl_dist.pipeline.report import report
+from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.run_step import Step, run_step
+
+
+def steps_of(config: Config) -> list[tuple[str, Step]]:
+    """Returns (name, function) of the steps that the config needs, in order."""
+    steps: list[tuple[str, Step]] = []
+    if needs_init_student(config):
+        steps.append(("init-student", init_student))
+    if needs_difficulty(config):
+        steps.append(("measure", measure))
+    steps += [("plan", make_plan), ("distill", run_ranks)]
+    if config.data.eval:
+        steps.append(("evaluate", evaluate))
+    return [*steps, ("report", report)]
+
+
+def run_all(config: Config, run: RunDirectory) -> None:
+    """Checks the inputs, then runs each step; the manifest is sealed again after every one."""
+    check_inputs(config, run)
+    for name, step in steps_of(config):
+        print(f"── {name}", flush=True)
+        run_step(name, step, config, run)

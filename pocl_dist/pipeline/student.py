@@ -1,0 +1,91 @@
+"""The trained module: student and loss in one forward, as a ZeRO-3 engine needs it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pocl_dist.config import LossConfig
+from pocl_dist.distributed.parameters import whole_parameters
+from pocl_dist.losses import distillation_loss, get_divergence
+from pocl_dist.models.heads import backbone_module, head_module, hidden_states, lm_head
+from pocl_dist.records import IGNORE_INDEX, Batch, LMHead
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class StudentWithLoss(nn.Module):
+    """Backbone, head and distillation loss. `temperature` and `kd_ratio` are what the next forward applies.
+
+    The head's weight is used by the loss, outside its own module: registering it as an external parameter
+    makes ZeRO-3 gather it for this module's forward and reduce the gradient that the loss gives it.
+    """
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, num_real_tokens: int) -> None:
+        super().__init__()
+        import deepspeed
+
+        self.model = model
+        self.loss = loss
+        self.divergence = get_divergence(loss.name, **loss.kwargs)
+        self.num_real_tokens = num_real_tokens
+        self.temperature = 1.0
+        self.kd_ratio = 1.0
+        for parameter in head_module(model).parameters():
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(
+        self,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor,
+        labels_BT: torch.Tensor,
+        teacher_hidden_NH: torch.Tensor | None,
+        teacher_head: LMHead | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (loss sum with gradient, [kd, ce, kl] sums without) over the micro-batch's labels."""
+        is_label_BT = labels_BT != IGNORE_INDEX
+        hidden_BTH = hidden_states(backbone_module(self.model), input_ids_BT, attention_mask_BT)
+        # Boolean indexing keeps the graph also when nothing is selected: an empty micro-batch goes
+        # through backward like any other.
+        result = distillation_loss(
+            hidden_BTH[is_label_BT],
+            lm_head(self.model, self.num_real_tokens),
+            teacher_hidden_NH,
+            teacher_head,
+            labels_BT[is_label_BT],
+            self.divergence,
+            self.temperature,
+            self.kd_ratio,
+            temperature_scaling=self.loss.temperature_scaling,
+            chunk_size=self.loss.chunk_tokens,
+        )
+        return result.loss_sum, torch.stack([result.kd_loss_sum, result.ce_loss_sum, result.kl_sum]).double()
+
+
+def plain_copy(engine: DeepSpeedEngine) -> PreTrainedModel:
+    """Returns an unpartitioned copy of the student as it now is, in eval mode. Collective.
+
+    Each parameter is gathered once; after that every rank generates at its own pace, without collectives.
+    """
+    module = engine.module
+    assert isinstance(module, StudentWithLoss)
+    reference = next(module.model.parameters())
+    # A bare config is right here: this model is made outside of zero.Init and filled at once.
+    copied = AutoModelForCausalLM.from_config(copy.deepcopy(module.model.config), dtype=reference.dtype)
+    copied = copied.to(reference.device)
+    targets = dict(copied.named_parameters())
+    with torch.no_grad():
+        for name, value in whole_parameters(module.model):
+            targets[name].copy_(value)
+    copied.generation_config = module.model.generation_config
+    return copied.eval()
+
+
+def batch_arguments(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the tensors that `StudentWithLoss.forward` takes of a batch."""
+    return batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT

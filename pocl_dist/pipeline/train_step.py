@@ -1,0 +1,115 @@
+"""One optimizer step: teacher and student forward, loss, backward, update."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pocl_dist.curriculum.coordinator import Instruction
+from pocl_dist.distributed.collectives import gather_floats
+from pocl_dist.distributed.process_group import Rank
+from pocl_dist.errors import DivergedError
+from pocl_dist.pipeline.student import batch_arguments
+from pocl_dist.records import Batch
+from pocl_dist.teacher.online import OnlineTeacher
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the label tokens of the global batch, and what the step cost."""
+
+    loss: float
+    kd_loss: float
+    ce_loss: float
+    kl: float
+    grad_norm: float
+    num_tokens: int  # label tokens, all ranks
+    num_input_tokens: int  # tokens without padding, all ranks
+    padding_share: float
+    peak_memory_bytes: int  # of the rank with most
+    was_skipped: bool  # fp16 overflow: the loss scale was lowered instead
+
+
+def peak_memory_bytes(rank: Rank) -> int:
+    """Returns the peak of this rank: allocated on the GPU, or resident on a CPU."""
+    if rank.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(rank.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _forward_backward(
+    engine: DeepSpeedEngine, teacher: OnlineTeacher | None, batch: Batch, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs one micro-batch; returns its (loss sum, [kd, ce, kl] sums), detached. Collective."""
+    hidden_NH = None if teacher is None else teacher.hidden_of_labels(batch)
+    with nullcontext(None) if teacher is None else teacher.head() as head:
+        loss_sum, part_sums = engine(*batch_arguments(batch), hidden_NH, head)
+    engine.backward(loss_sum * factor)
+    return loss_sum.detach().double(), part_sums
+
+
+def train_step(
+    engine: DeepSpeedEngine,
+    teacher: OnlineTeacher | None,
+    batches: Sequence[Batch],
+    num_label_tokens: int,
+    instruction: Instruction,
+    rank: Rank,
+) -> StepResult:
+    """Takes one optimizer step over this rank's micro-batches and returns the global figures. Collective.
+
+    1. every micro-batch: teacher, student, loss sum, backward, normalised by the global token count;
+    2. sums over the ranks; a loss that is not finite stops the run before the update (DivergedError, 76);
+    3. clip, AdamW.
+
+    DeepSpeed averages gradients over ranks and micro-batches; the factor undoes both, so that the gradient
+    is that of sum(loss) / global tokens however the batch is split.
+    """
+    factor = rank.world_size * engine.gradient_accumulation_steps() / num_label_tokens
+    sums = torch.zeros(4, dtype=torch.float64, device=rank.device)
+    for index, batch in enumerate(batches):
+        loss_sum, part_sums = _forward_backward(engine, teacher, batch.to(rank.device), factor)
+        sums += torch.cat([loss_sum[None], part_sums])
+        if index < len(batches) - 1:
+            engine.step()  # counts the micro-batch; the last call updates
+    num_real = sum(batch.num_tokens for batch in batches)
+    num_padded = sum(batch.input_ids_BT.numel() for batch in batches if batch.num_tokens)
+    rows = gather_floats([*sums.tolist(), num_real, num_padded, peak_memory_bytes(rank)], rank)
+    totals = [math.fsum(column) for column in zip(*rows, strict=True)]
+    loss, kd_loss, ce_loss, kl = (total / num_label_tokens for total in totals[:4])
+    if not all(map(math.isfinite, totals[:4])):
+        raise DivergedError(
+            f"step {instruction.step}, stage {instruction.stage}, temperature {instruction.temperature:g}: the loss is "
+            f"not finite (kd {kd_loss}, cross-entropy {ce_loss}); the step was not taken"
+        )
+    skipped_before = engine.skipped_steps
+    engine.step()
+    grad_norm = engine.get_global_grad_norm()
+    was_skipped = engine.skipped_steps > skipped_before
+    grad_norm = 0.0 if grad_norm is None else float(grad_norm)
+    if not math.isfinite(grad_norm) and not was_skipped:
+        raise DivergedError(
+            f"step {instruction.step}, stage {instruction.stage}, temperature {instruction.temperature:g}: the gradient "
+            "norm is not finite; resume from the last checkpoint with a lower learning rate"
+        )
+    return StepResult(
+        loss=loss,
+        kd_loss=kd_loss,
+        ce_loss=ce_loss,
+        kl=kl,
+        grad_norm=grad_norm if math.isfinite(grad_norm) else 0.0,
+        num_tokens=num_label_tokens,
+        num_input_tokens=int(totals[4]),
+        padding_share=1.0 - totals[4] / max(totals[5], 1.0),
+        peak_memory_bytes=int(max(row[6] for row in rows)),
+        was_skipped=was_skipped,
+    )

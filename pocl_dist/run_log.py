@@ -1,0 +1,91 @@
+"""What a run tells: `metrics.jsonl`, and a live display on a terminal or plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocl_dist.files import atomic_write_text, read_json_lines
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class MetricsLog:
+    """Appends JSON lines to `metrics.jsonl`; a resumed run first drops the lines it will write again."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [row for row in read_json_lines(path) if int(row["step"]) <= resume_step]  # type: ignore
+        # The line of a step is written after the step: at the resumed step it is already there.
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, object]) -> None:
+        """Appends one object, floats unrounded, and flushes it."""
+        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+
+class TrainingDisplay:
+    """One live line with stage, step, loss, speed and ETA; outside a terminal a line every few steps."""
+
+    def __init__(self, num_steps: int, every: int) -> None:
+        self._num_steps = num_steps
+        self._every = every
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = time.monotonic()
+        self._first_step: int | None = None
+
+    @contextmanager
+    def live(self) -> Iterator[TrainingDisplay]:
+        """Shows the display while the context lasts."""
+        if not sys.stdout.isatty():
+            yield self
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("distill {task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns) as self._progress:
+            self._task = self._progress.add_task("", total=self._num_steps)
+            yield self
+        self._progress = None
+
+    def step(self, row: dict[str, object], num_stages: int) -> None:
+        """Shows a finished step, given its line of `metrics.jsonl`."""
+        step, stage = int(str(row["step"])), int(str(row["stage"]))
+        if self._first_step is None:
+            self._first_step, self._started = step - 1, time.monotonic()
+        text = (
+            f"stage {stage + 1}/{num_stages} T={row['temperature']:.2f} ratio={row['kd_ratio']:.2f} "
+            f"loss={row['loss']:.4f} {row['tokens_per_second']:.0f} tok/s"
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, description=text)
+        elif step % self._every == 0 or step == self._num_steps:
+            done = step - self._first_step
+            left = (time.monotonic() - self._started) / max(done, 1) * (self._num_steps - step)
+            print(f"step {step}/{self._num_steps} {text} ETA {left:.0f} s", flush=True)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the live display."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)

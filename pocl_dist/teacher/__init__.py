@@ -1,0 +1,1 @@
+"""Teacher sources: what gives hidden states and a head for a batch. One file each."""

@@ -1,0 +1,70 @@
+"""The teacher beside the student: frozen, in eval mode, partitioned over the ranks by ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pocl_dist.config import Config
+from pocl_dist.distributed.engine import teacher_engine_config
+from pocl_dist.distributed.parameters import gathered
+from pocl_dist.distributed.process_group import Rank, torch_dtype
+from pocl_dist.models.heads import backbone_module, check_head, head_module, hidden_states, lm_head
+from pocl_dist.models.loading import load_model
+from pocl_dist.models.sources import ModelFolder
+from pocl_dist.records import IGNORE_INDEX, Batch, LMHead
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class _Backbone(nn.Module):
+    """Runs the backbone only: the head's product is formed chunk by chunk inside the loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
+        return hidden_states(backbone_module(self.model), input_ids_BT, attention_mask_BT)  # type: ignore[arg-type]
+
+
+class OnlineTeacher:
+    """A frozen causal LM that answers each micro-batch with the hidden states its head reads."""
+
+    def __init__(self, source: ModelFolder, config: Config, rank: Rank, num_real_tokens: int) -> None:
+        """Loads and partitions the teacher. Collective.
+
+        The weights go from the files straight into partitions (`zero.Init` through transformers), so that
+        no rank ever holds the whole teacher.
+        """
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        settings = teacher_engine_config(config, rank)
+        marker = HfDeepSpeedConfig(settings)  # transformers looks for a living one while it loads
+        model = load_model(source, torch_dtype(config.engine.dtype, rank.device))
+        del marker
+        model.requires_grad_(False)
+        self.model = model
+        self.num_real_tokens = num_real_tokens
+        engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings, dist_init_required=False)
+        self.engine: DeepSpeedEngine = engine
+        self.engine.eval()
+        check_head(model, num_real_tokens, gathered)
+
+    @torch.no_grad()
+    def hidden_of_labels(self, batch: Batch) -> torch.Tensor:
+        """Returns the hidden states (N, H) of the positions with a label. Collective (ZeRO-3 gathers)."""
+        hidden_BTH: torch.Tensor = self.engine(batch.input_ids_BT, batch.attention_mask_BT)
+        return hidden_BTH[batch.labels_BT != IGNORE_INDEX]
+
+    @contextmanager
+    def head(self) -> Iterator[LMHead]:
+        """Yields the head, whole on every rank while the context lasts. Collective."""
+        with gathered(head_module(self.model).parameters()):
+            yield lm_head(self.model, self.num_real_tokens)

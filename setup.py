@@ -1,0 +1,51 @@
+"""Packaging: the package, plus configs/ and launch/ as package data, so that a wheel works alone."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "pocl_dist" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="pocl_dist",
+    version=VERSION,
+    description="Distil a large language model into a small one on a cluster, with the POCL curriculum",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["pocl_dist", "pocl_dist.*"]), "pocl_dist.configs", "pocl_dist.launch"],
+    package_dir={"pocl_dist.configs": "configs", "pocl_dist.launch": "launch"},
+    package_data={
+        "pocl_dist": ["py.typed"],
+        "pocl_dist.bundled": ["*.jsonl", "*.json", "*.md", "teacher/*", "student/*"],
+        "pocl_dist.configs": ["*.yaml"],
+        "pocl_dist.launch": ["*.sh", "*.md"],
+    },
+    install_requires=[
+        "torch>=2.10",
+        "deepspeed>=0.19",
+        "transformers>=5.0",
+        "datasets>=5.0",
+        "ray>=2.59",
+        "safetensors>=0.8",
+        "rouge-score>=0.1.2",
+        "pydantic>=2.10",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+    ],
+    extras_require={
+        "track": ["tensorboard>=2.18"],
+        "dev": ["pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "wheel", "setuptools>=77"],
+    },
+    entry_points={"console_scripts": ["pocl-dist=pocl_dist.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

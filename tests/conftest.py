@@ -1,0 +1,25 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Returns (teacher folder, student folder, 24 training rows)."""
+    from tests.tiny import write_llama, write_rows
+
+    folder = tmp_path_factory.mktemp("tiny")
+    teacher = write_llama(folder / "teacher", hidden=32, layers=2, seed=1, num_phantom=8)
+    student = write_llama(folder / "student", hidden=16, layers=2, seed=2)
+    return teacher, student, write_rows(folder / "train.jsonl", 24)
