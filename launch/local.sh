@@ -21,7 +21,7 @@ if ! command -v nvidia-smi >/dev/null 2>&1; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi
 # The launcher would otherwise read /job/hostfile; an empty path keeps this on one node.
-export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
+
 exec "$PYTHON" -m deepspeed.launcher.runner \
     --hostfile /dev/null --log_level error --num_gpus "$NUM_RANKS" --master_addr 127.0.0.1 --master_port "$MASTER_PORT" \
     --no_local_rank --module pocl_dist distill "$@"

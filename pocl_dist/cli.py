@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,18 @@ CONFIG_COMMANDS = {
     "distill": "train the student as planned (DeepSpeed) and export it",
     "evaluate": "answer the test sets with the export; ROUGE-L and exact match (Ray)",
     "report": "sum the run up in report.json",
+}
+
+# Where the function of each command lies; imported when it is called.
+STEP_FUNCTIONS = {
+    "run": ("run", "run_all"),
+    "init-student": ("init_student", "init_student"),
+    "measure": ("measure", "measure"),
+    "plan": ("plan", "make_plan"),
+    "distill": ("launch_local", "run_ranks"),
+    "distill-rank": ("distill", "distill_rank"),
+    "evaluate": ("evaluate", "evaluate"),
+    "report": ("report", "report"),
 }
 
 
@@ -55,22 +68,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], object]:
     """Returns the function of a config command; `is_rank`: a launcher started this process."""
-    if command == "run":
-        from pocl_dist.pipeline.run import run_all as step
-    elif command == "init-student":
-        from pocl_dist.pipeline.init_student import init_student as step
-    elif command == "measure":
-        from pocl_dist.pipeline.measure import measure as step
-    elif command == "plan":
-        from pocl_dist.pipeline.plan import make_plan as step
-    elif command == "distill" and is_rank:
-        from pocl_dist.pipeline.distill import distill_rank as step
-    elif command == "distill":
-        from pocl_dist.pipeline.launch_local import run_ranks as step
-    elif command == "evaluate":
-        from pocl_dist.pipeline.evaluate import evaluate as step
-    else:
-        from pocl_dist.pipeline.report import report as step
+    name = "distill-rank" if is_rank and command == "distill" else command
+    module, function = STEP_FUNCTIONS[name]
+    step: Callable[[Config, RunDirectory], object] = getattr(import_module(f"pocl_dist.pipeline.{module}"), function)
     return step
 
 

@@ -154,9 +154,10 @@ def write_manifest(folder: Path) -> None:
 
     A file whose size and mtime are those of the last manifest keeps its hash: checkpoints are large.
     """
-    known = {}
+    known: dict[str, dict[str, JSONValue]] = {}
     if (folder / MANIFEST_NAME).exists():
-        known = {row["path"]: row for row in read_json(folder / MANIFEST_NAME)["files"]}  # type: ignore
+        listed = cast("list[dict[str, JSONValue]]", read_json(folder / MANIFEST_NAME)["files"])
+        known = {str(row["path"]): row for row in listed}
     files = []
     for name in list_files(folder):
         stat = (folder / name).stat()

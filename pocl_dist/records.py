@@ -77,8 +77,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch with its tensors on `device`."""
-        tensors = (t.to(device) for t in (self.input_ids_BT, self.attention_mask_BT, self.labels_BT))
-        return Batch(*tensors, num_tokens=self.num_tokens)
+        return Batch(
+            self.input_ids_BT.to(device),
+            self.attention_mask_BT.to(device),
+            self.labels_BT.to(device),
+            self.num_tokens,
+        )
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,36 @@ from pocl_dist.pipeline.run_directory import RunDirectory
 from tests.ranks import run_ranks
 
 
-def _distill(paths: list[str], overrides: list[str]) -> None:
-    from pocl_dist.pipeline.distill import distill_rank
+def _distill(paths: list[str], overrides: list[str], stop_after: int | None) -> None:
+    from pocl_dist.errors import StoppedError
+    from pocl_dist.pipeline import distill as step
 
     config = load_config(paths, overrides)
-    distill_rank(config, RunDirectory(Path(config.run_dir)))
+    run = RunDirectory(Path(config.run_dir))
+    if stop_after is not None:  # a person touches the stop file while this step is under way
+        log_step = step._log_step
+
+        def touch_and_log(training, instruction, *rest) -> None:  # type: ignore[no-untyped-def]
+            log_step(training, instruction, *rest)
+            if instruction.step + 1 == stop_after and training.rank.is_main:
+                run.stop_file.parent.mkdir(exist_ok=True)
+                run.stop_file.touch()
+
+        step._log_step = touch_and_log
+    try:
+        step.distill_rank(config, run)
+    except StoppedError:
+        if stop_after is None:
+            raise
 
 
-def distill(config: Path, world_size: int, *overrides: str) -> RunDirectory:
-    """Plans and trains; returns the run directory."""
+def distill(config: Path, world_size: int, *overrides: str, stop_after: int | None = None) -> RunDirectory:
+    """Plans and trains, up to `stop_after` steps if given; returns the run directory."""
     loaded = load_config([config], overrides)
     run = RunDirectory(Path(loaded.run_dir))
     make_plan(loaded, run)
-    run_ranks(_distill, world_size, [str(config)], list(overrides))
+    run_ranks(_distill, world_size, [str(config)], list(overrides), stop_after)
+    run.stop_file.unlink(missing_ok=True)
     return run
 
 

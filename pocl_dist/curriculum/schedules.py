@@ -49,7 +49,9 @@ def stage_values(schedule: Schedule, num_stages: int) -> tuple[float, ...]:
     return tuple(shape(schedule.start, end, index / last) for index in range(num_stages))
 
 
-def cosine_learning_rate(step_in_stage: int, num_steps: int, peak: float, minimum: float, warmup_steps: int) -> float:
+def cosine_learning_rate(
+    step_in_stage: int, num_steps: int, peak: float, minimum: float, warmup_steps: int
+) -> float:
     """Returns the learning rate of a step, counted from 0 in its stage.
 
     Linear warm-up to `peak`, then torch's CosineAnnealingLR over the steps that are left: `minimum` is

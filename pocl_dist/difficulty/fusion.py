@@ -20,7 +20,9 @@ def rank(values: Sequence[float], higher_is_easier: bool) -> list[float]:
     if not np.isfinite(numbers).all():
         first = int(np.flatnonzero(~np.isfinite(numbers))[0])
         raise DataError(f"value {first + 1} of {len(numbers)} is {numbers[first]}: a score must be finite")
-    _, group, sizes = np.unique(-numbers if higher_is_easier else numbers, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(
+        -numbers if higher_is_easier else numbers, return_inverse=True, return_counts=True
+    )
     num_before = np.cumsum(sizes) - sizes
     return (num_before + (sizes + 1) / 2)[group].tolist()  # type: ignore[no-any-return]
 

@@ -103,5 +103,5 @@ class ModelWorker:
             # Not halved silently: another padding rounds differently, and the result would depend on the GPU.
             raise ConfigError(
                 f"generation.batch_size: {len(batch.examples)} prompts of up to "
-                f"{batch.examples[-1].num_prompt_tokens} tokens do not fit into the device's memory; use a smaller one"
+                f"{batch.examples[-1].num_prompt_tokens} tokens do not fit into the device's memory; lower it"
             ) from error

@@ -19,7 +19,6 @@ import torch
 from pocl_dist.distributed.collectives import barrier, broadcast_floats, gather_texts
 from pocl_dist.distributed.engine import MOMENTS, adam_step, set_adam_step
 from pocl_dist.distributed.parameters import (
-    allocate_moments,
     master_parameters,
     moments,
     set_master_parameter,
@@ -197,12 +196,10 @@ def restore_optimizer(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     parameters = dict(engine.module.named_parameters())
     for name, value in checkpoint.tensors(WEIGHTS):
         set_master_parameter(parameters[name], value)
-    if checkpoint.adam_step:
-        allocate_moments(engine)
-        for key in MOMENTS:
-            for name, value in checkpoint.tensors(key):
-                set_moment(engine, parameters[name], key, value)
-        set_adam_step(engine, checkpoint.adam_step)
+    for key in MOMENTS:
+        for name, value in checkpoint.tensors(key):
+            set_moment(engine, parameters[name], key, value)
+    set_adam_step(engine, checkpoint.adam_step)
     if checkpoint.loss_scale is not None:
         engine.optimizer.loss_scaler.cur_scale = checkpoint.loss_scale
 

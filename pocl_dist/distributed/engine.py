@@ -102,8 +102,30 @@ def build_student_engine(module: nn.Module, config: Config, rank: Rank) -> DeepS
         model=module, optimizer=optimizer, config=student_engine_config(config, rank), dist_init_required=False
     )
     engine = cast("DeepSpeedEngine", engine)
+    _allocate_moments(engine)
     reset_optimizer(engine)
     return engine
+
+
+def _allocate_moments(engine: DeepSpeedEngine) -> None:
+    """Creates AdamW's moments, zero, before the first step would, so that they can be set.
+
+    Also goes around a fault of DeepSpeed 0.19: ZeRO 1 and 2 link parameters to moments after the first
+    group's step, when those of the second group do not exist yet.
+    """
+    optimizer = inner_optimizer(engine)
+    # ZeRO-3 keys the state by its flat partitions, which are in no parameter group between steps.
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    parameters = flat or [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    first_step = torch.tensor(0.0) if isinstance(optimizer, torch.optim.AdamW) else 0
+    for parameter in parameters:
+        if not optimizer.state[parameter]:
+            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
+            step = first_step.clone() if isinstance(first_step, torch.Tensor) else first_step
+            optimizer.state[parameter] = {"step": step, **moments}
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
 
 
 def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from pocl_dist.distributed.engine import MOMENTS, inner_optimizer
+from pocl_dist.distributed.engine import inner_optimizer
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -47,12 +47,10 @@ def master_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tens
 
 
 def moments(engine: DeepSpeedEngine, key: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, whole fp32 tensor) of one of AdamW's moments; nothing before the first step."""
+    """Yields (name, whole fp32 tensor) of one of AdamW's moments."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     state = inner_optimizer(engine).state
-    if not state:
-        return
     for name, parameter in engine.module.named_parameters():
         if parameter in state:  # no ZeRO: AdamW's keys are the parameters themselves
             yield name, state[parameter][key]
@@ -64,19 +62,6 @@ def moments(engine: DeepSpeedEngine, key: str) -> Iterator[tuple[str, torch.Tens
 def shape_of(parameter: nn.Parameter) -> torch.Size:
     """Returns the whole parameter's shape, also while it is partitioned."""
     return cast("torch.Size", getattr(parameter, "ds_shape", parameter.shape))
-
-
-def allocate_moments(engine: DeepSpeedEngine) -> None:
-    """Creates AdamW's moments, zero, where the first step would (ZeRO 0 to 2), so that they can be set."""
-    optimizer = inner_optimizer(engine)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                state = {key: torch.zeros_like(parameter) for key in MOMENTS}
-                optimizer.state[parameter] = {"step": torch.tensor(0.0), **state}
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:  # ZeRO 1 and 2 map parameters to slices of the moments when these appear
-        link()
 
 
 def set_master_parameter(parameter: nn.Parameter, value: torch.Tensor) -> None:

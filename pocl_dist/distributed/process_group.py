@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ def join_process_group(timeout_seconds: float) -> Rank:
 
     gloo on CPU, nccl on GPU. A collective that waits longer than `timeout_seconds` raises.
     """
+    # torch warns, once per rank and call site, of names that DeepSpeed still uses.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed import ops
 

@@ -10,14 +10,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from pocl_dist.config import RayConfig
 from pocl_dist.errors import PoclError, UnavailableError, WorkerError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-    from ray.actor import ActorHandle
+    from ray.actor import ActorClass, ActorHandle
 
 ShardT = TypeVar("ShardT")
 
@@ -79,9 +79,7 @@ class ActorPool(Generic[ShardT]):
         resources = ray.cluster_resources()
         self.shape = actor_shape(config, resources.get("CPU", 1), resources.get("GPU", 0), num_shards)
         self._timeout_seconds = config.start_timeout_seconds
-        self._remote_class = ray.remote(worker).options(
-            num_cpus=self.shape.num_cpus, num_gpus=self.shape.num_gpus, max_restarts=0, max_task_retries=0
-        )
+        self._worker = worker
         self._settings = settings
         self._note = note
         self._calls: dict[ObjectRef[object], _Call] = {}
@@ -100,11 +98,13 @@ class ActorPool(Generic[ShardT]):
             ray.kill(call.actor)
         self._calls.clear()
 
-    def map(self, method: str, shards: Mapping[str, ShardT]) -> Iterator[tuple[str, object]]:
+    def map(
+        self, method: str, shards: Mapping[str, ShardT], poll: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[str, object]]:
         """Yields (name, result of `method`) of every shard as it is done; an idle actor takes the next.
 
-        Raises WorkerError (71) when a shard has lost its actor three times, UnavailableError (69) when no
-        actor finds a place in time.
+        `poll` is called at least every second; what it raises ends the pass. Raises WorkerError (71) when
+        a shard has lost its actor three times, UnavailableError (69) when no actor finds a place in time.
         """
         import ray
 
@@ -115,6 +115,7 @@ class ActorPool(Generic[ShardT]):
             self._place()
         last_placed = time.monotonic()
         while num_open:
+            poll()
             done, _ = ray.wait(list(self._calls), num_returns=1, timeout=POLL_SECONDS)
             if any(not call.is_placing for call in self._calls.values()):
                 last_placed = time.monotonic()
@@ -128,22 +129,32 @@ class ActorPool(Generic[ShardT]):
                 self._count_lost(num_lost, call, lost)
                 if call.shard_name is not None:
                     waiting.appendleft(call.shard_name)
-                ray.kill(call.actor)
                 self._place()
                 continue
+            self._send_next(call, method, shards, waiting)
             if call.shard_name is not None:
                 num_open -= 1
                 yield call.shard_name, value
-            if call.is_placing:
-                self._calls[call.actor.start.remote()] = _Call(call.actor, None)
-            elif waiting:
-                name = waiting.popleft()
-                self._calls[getattr(call.actor, method).remote(shards[name])] = _Call(call.actor, name)
-            else:
-                ray.kill(call.actor)
+
+    def _send_next(self, call: _Call, method: str, shards: Mapping[str, ShardT], waiting: deque[str]) -> None:
+        import ray
+
+        if call.is_placing:
+            self._calls[call.actor.start.remote()] = _Call(call.actor, None)
+        elif waiting:
+            name = waiting.popleft()
+            self._calls[getattr(call.actor, method).remote(shards[name])] = _Call(call.actor, name)
+        else:
+            ray.kill(call.actor)
 
     def _place(self) -> None:
-        actor = self._remote_class.remote(self._settings)
+        import ray
+
+        remote_class = cast("ActorClass[object]", ray.remote(self._worker))
+        options = remote_class.options(
+            num_cpus=self.shape.num_cpus, num_gpus=self.shape.num_gpus, max_restarts=0, max_task_retries=0
+        )
+        actor = cast("ActorHandle", options.remote(self._settings))
         self._calls[actor.__ray_ready__.remote()] = _Call(actor, None, is_placing=True)
 
     def _check_placed(self, last_placed: float) -> None:
@@ -169,11 +180,15 @@ class ActorPool(Generic[ShardT]):
     def _count_lost(self, num_lost: Counter[str | None], call: _Call, lost: _ActorLost) -> None:
         num_lost[call.shard_name] += 1
         number = num_lost[call.shard_name]
-        what = "an actor died before its first shard" if call.shard_name is None else f"{call.shard_name}: its actor died"
+        what = (
+            f"{call.shard_name}: its actor died"
+            if call.shard_name
+            else "an actor died before its first shard"
+        )
         if number >= MAX_ATTEMPTS:
             raise WorkerError(f"{what}, attempt {number} of {MAX_ATTEMPTS}: {lost}")
         self._note(f"{what}, attempt {number} of {MAX_ATTEMPTS}; trying again ({lost})")
 
 
-class _ActorLost(Exception):  # noqa: N818  (an event, not an error of ours)
+class _ActorLost(Exception):
     """The actor, not its work, failed."""

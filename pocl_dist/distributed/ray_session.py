@@ -36,8 +36,9 @@ def _private_folder() -> Path:
 
     Not earlier: threads of Ray still read the token while it shuts down, and abort without it.
     """
-    base = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="pocl-", dir=base if len(base) <= LONGEST_TEMPORARY_PATH else "/tmp"))
+    usual = tempfile.gettempdir()
+    short = usual if len(usual) <= LONGEST_TEMPORARY_PATH else "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="pocl-", dir=short))
     owner = os.getpid()
     atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
     return folder
@@ -106,20 +107,25 @@ def _check_reachable(address: str, timeout_seconds: float) -> None:
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
-            raise ConfigError(f"ray.address: {address!r} is not allowed: 'auto' or HOST:PORT of the cluster's head")
+            raise ConfigError(f"ray.address: {address!r} is not allowed: 'auto', or the head's HOST:PORT")
         try:
             socket.create_connection((host, int(port)), timeout=timeout_seconds).close()
         except OSError as error:
             raise UnavailableError(f"{complaint}: {error}") from error
     try:
         subprocess.run(
-            [sys.executable, "-c", _PROBE, address], timeout=timeout_seconds, check=True, capture_output=True, text=True
+            [sys.executable, "-c", _PROBE, address],
+            timeout=timeout_seconds,
+            check=True,
+            capture_output=True,
+            text=True,
         )
     except subprocess.TimeoutExpired as error:
         raise UnavailableError(complaint) from error
     except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if "Error:" in line or "rror" in line]
-        raise UnavailableError(f"{complaint}: {_one_line(said[-1] if said else 'Ray gave no reason')}") from error
+        said = [line for line in error.stderr.splitlines() if "Error" in line]
+        reason = _one_line(said[-1]) if said else "Ray gave no reason"
+        raise UnavailableError(f"{complaint}: {reason}") from error
 
 
 def _join_cluster(address: str, timeout_seconds: float) -> None:

@@ -58,7 +58,7 @@ def generate_answers(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if sampling.do_sample:
             torch.manual_seed(sampling.seed)
-        output_BT = model.generate(
+        output_BT = model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,

@@ -27,7 +27,7 @@ def backbone_module(model: PreTrainedModel) -> nn.Module:
     backbone = model.base_model
     if backbone is model:
         raise MismatchError(f"{type(model).__name__}: the backbone cannot be told from the head")
-    return cast("nn.Module", backbone)
+    return backbone
 
 
 def lm_head(model: PreTrainedModel, num_real_tokens: int) -> LMHead:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from pocl_dist.errors import MismatchError, MissingInputError, RefusedError
 from pocl_dist.files import JSONValue, digest_of
+
+disable_progress_bar()  # bars of "Loading weights" from every rank hide what matters
 
 if TYPE_CHECKING:
     import torch

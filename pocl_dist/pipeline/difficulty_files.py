@@ -1,10 +1,10 @@
 """The files under `difficulty/`: what measure writes and plan reads. Loads no torch.
 
-    inputs.json        what the scores are made from; written before the first shard
-    shard-00017.parquet  DifficultyRecords; the number is that of the shard's first batch
-    quarantine.jsonl   rows without a finite score, and why
-    ranking.parquet    RankedExamples, easy to hard; written by plan
-    summary.json       counts and means; written last
+inputs.json        what the scores are made from; written before the first shard
+shard-00017.parquet  DifficultyRecords; the number is that of the shard's first batch
+quarantine.jsonl   rows without a finite score, and why
+ranking.parquet    RankedExamples, easy to hard; written by plan
+summary.json       counts and means; written last
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from pocl_dist.config import Config, select_keys
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.signals import SIGNALS
 from pocl_dist.errors import DataError
-from pocl_dist.files import JSONValue, atomic_write, atomic_write_text, digest_of, read_json_lines, sha256_file
+from pocl_dist.files import (
+    JSONValue,
+    atomic_write,
+    atomic_write_text,
+    digest_of,
+    read_json_lines,
+    sha256_file,
+)
 from pocl_dist.models.sources import ModelFolder, model_digest
 from pocl_dist.records import DifficultyRecord, JSONRecord
 
@@ -38,7 +45,15 @@ _INPUT_KEYS = (
     "generation",
     "ray.cpus_per_actor",
 )
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens*",
+    "chat_template*",
+    "*.model",
+)
 
 
 def config_inputs(config: Config, rows: Rows) -> dict[str, JSONValue]:
@@ -95,10 +110,10 @@ def read_records(folder: Path) -> list[DifficultyRecord]:
             rows = pq.ParquetFile(path).read().to_pylist()
             found = [DifficultyRecord.from_json(row) for row in rows]
         except (ArrowException, ValueError) as error:
-            raise DataError(f"{path}: not a file of difficulty scores ({error}); remove it and measure again") from error
+            raise DataError(f"{path}: no difficulty scores ({error}); remove it and measure again") from error
         for record in found:
             if record.example_id in records:
-                raise DataError(f"{path}: row {record.example_id!r} stands in another shard too; measure anew")
+                raise DataError(f"{path}: row {record.example_id!r} is in another shard too; measure anew")
             records[record.example_id] = record
     return list(records.values())
 
@@ -108,7 +123,8 @@ def read_records(folder: Path) -> list[DifficultyRecord]:
 
 def read_quarantine(folder: Path) -> dict[str, str]:
     """Returns {example id: reason} of the rows that could not be scored."""
-    return {str(row["example_id"]): str(row["reason"]) for row in read_json_lines(folder / "quarantine.jsonl")}
+    rows = read_json_lines(folder / "quarantine.jsonl")
+    return {str(row["example_id"]): str(row["reason"]) for row in rows}
 
 
 def add_to_quarantine(folder: Path, records: Sequence[DifficultyRecord]) -> int:

@@ -261,7 +261,8 @@ def _student_engine(
                 targets[name.removeprefix(PREFIX)].copy_(value)
     if config.engine.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = StudentWithLoss(model.to(torch_dtype(config.engine.dtype, rank.device)), config.loss, len(tokenizer))
+    module = StudentWithLoss(model, config.loss, len(tokenizer))
+    module.to(torch_dtype(config.engine.dtype, rank.device))
     engine = build_student_engine(module, config, rank)
     if checkpoint is not None:
         restore_optimizer(engine, checkpoint)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import cast
 
 from pocl_dist import errors
 from pocl_dist.config import Config
@@ -68,6 +67,6 @@ def _raise_outcome(code: int, run: RunDirectory) -> None:
     if state in ("failed", "stopped") and status["phase"] == "distill":
         for kind in vars(errors).values():
             if isinstance(kind, type) and issubclass(kind, errors.PoclError) and kind.exit_code == outcome:
-                raise cast("type[errors.PoclError]", kind)(reason)
+                raise kind(reason)
         raise RuntimeError(f"distill failed: {reason}")
     raise errors.WorkerError(f"the ranks of distill ended without a word (launcher's exit code {code})")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import tie_shares
-from pocl_dist.difficulty.work import WorkBatch, WorkShard, make_batches, make_shards
+from pocl_dist.difficulty.work import WorkBatch, make_batches, make_shards
 from pocl_dist.errors import DataError, MissingInputError
 from pocl_dist.files import atomic_write_json
 from pocl_dist.models.sources import ModelFolder
@@ -41,8 +41,10 @@ def measure(config: Config, run: RunDirectory) -> None:
     rows = read_train(config)
     source = student_source(config, run)
     if not (source.folder / "config.json").exists():
-        raise MissingInputError(f"models.student: {source.folder} is not there yet: run `pocl-dist init-student` first")
-    inputs = config_inputs(config, rows) | model_inputs("models.student", source)
+        raise MissingInputError(
+            f"models.student: {source.folder} is not there yet: run `pocl-dist init-student` first"
+        )
+    inputs = config_inputs(config, rows) | model_inputs("models.student model", source)
     if not check_made_from(run.difficulty / "inputs.json", inputs):
         atomic_write_json(run.difficulty / "inputs.json", inputs)
     done = _finished_ids(run)
@@ -58,7 +60,8 @@ def measure(config: Config, run: RunDirectory) -> None:
 
 
 def _finished_ids(run: RunDirectory) -> set[str]:
-    return {record.example_id for record in read_records(run.difficulty)} | set(read_quarantine(run.difficulty))
+    scored = {record.example_id for record in read_records(run.difficulty)}
+    return scored | set(read_quarantine(run.difficulty))
 
 
 def _encode(config: Config, rows: Rows, source: ModelFolder) -> list[EncodedExample]:
@@ -87,29 +90,26 @@ def _open_batches(
 def _work_off(
     config: Config, run: RunDirectory, source: ModelFolder, batches: Sequence[WorkBatch], num_rows: int
 ) -> None:
-    from pocl_dist.difficulty.worker import ModelWorker, WorkerSettings
-    from pocl_dist.distributed.ray_pool import ActorPool
+    from pocl_dist.difficulty.worker import WorkerSettings
     from pocl_dist.distributed.ray_session import ray_session
     from pocl_dist.models.generation import Sampling
+    from pocl_dist.pipeline.actor_pass import answer_shards, stop_request
 
     settings = WorkerSettings(source, Sampling(config.generation.max_new_tokens), config.ray.cpus_per_actor)
     shards = {shard.name: shard for shard in make_shards(batches, config.ray.shard_size)}
     num_open = sum(shard.num_rows for shard in shards.values())
     say(f"measure: {num_open} of {num_rows} rows, in {len(shards)} shards, with {source.origin}")
-    with (
-        ray_session(config.ray),
-        RowProgress("measure", num_rows, num_rows - num_open) as progress,
-        ActorPool[WorkShard](ModelWorker, settings, config.ray, len(shards), progress.note) as pool,
-    ):
-        for name, result in pool.map("measure", shards):
+    progress = RowProgress("measure", num_rows, num_rows - num_open)
+    with stop_request(run) as stop, ray_session(config.ray):
+        for name, result in answer_shards(config, stop, settings, "measure", shards, progress):
             assert isinstance(result, list)
             _save_shard(config, run, name, result)
-            progress.advance(shards[name].num_rows)
 
 
 def _save_shard(config: Config, run: RunDirectory, name: str, records: list[DifficultyRecord]) -> None:
     """Writes a shard's scored rows, its other rows to the quarantine first: the shard's file says "done"."""
-    num_quarantined = add_to_quarantine(run.difficulty, [record for record in records if not is_scored(record)])
+    not_scored = [record for record in records if not is_scored(record)]
+    num_quarantined = add_to_quarantine(run.difficulty, not_scored)
     if num_quarantined > config.data.max_bad_rows:
         raise DataError(
             f"{run.difficulty / 'quarantine.jsonl'}: {num_quarantined} rows have no finite score "
@@ -119,14 +119,18 @@ def _save_shard(config: Config, run: RunDirectory, name: str, records: list[Diff
     write_records(run.difficulty / f"{name}.parquet", DifficultyRecord, scored)
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _summarise(run: RunDirectory, encoded: Sequence[EncodedExample], seconds: float) -> None:
     records = read_records(run.difficulty)
+    if not records:
+        raise DataError(f"{run.difficulty}: no row has a finite score; are the student's weights sound?")
     ties = tie_shares(records)
     num_quarantined = len(read_quarantine(run.difficulty))
+    mean_rouge_l = _mean([record.rouge_l for record in records])
+    mean_cross_entropy = _mean([record.cross_entropy for record in records])
     summary = {
         "num_examples": len(records),
         "num_prompts_cut": sum(example.is_prompt_cut for example in encoded),
@@ -134,18 +138,17 @@ def _summarise(run: RunDirectory, encoded: Sequence[EncodedExample], seconds: fl
         "num_empty_answers": sum(not record.answer.strip() for record in records),
         "num_quarantined": num_quarantined,
         "tie_shares": ties,
-        "mean_rouge_l": _mean([record.rouge_l for record in records]),
-        "mean_cross_entropy": _mean([record.cross_entropy for record in records]),
+        "mean_rouge_l": mean_rouge_l,
+        "mean_cross_entropy": mean_cross_entropy,
         "seconds": seconds,  # of this attempt
     }
     atomic_write_json(run.difficulty / "summary.json", summary)
     if num_quarantined:
-        warn(f"{num_quarantined} rows have no finite score and are left out: {run.difficulty / 'quarantine.jsonl'}")
+        warn(f"{num_quarantined} rows have no finite score and are left out (difficulty/quarantine.jsonl)")
     for name, share in ties.items():
         if share > TIE_WARNING:
             warn(f"{100 * share:.0f} % of the rows tie in {name}: it says little about their order")
-    if records:
-        say(
-            f"measure: {len(records)} rows in {seconds:.0f} s, mean ROUGE-L {100 * float(summary['mean_rouge_l']):.2f}, "  # type: ignore[arg-type]
-            f"mean cross-entropy {summary['mean_cross_entropy']:.4f}"
-        )
+    say(
+        f"measure: {len(records)} rows in {seconds:.0f} s, mean ROUGE-L {100 * mean_rouge_l:.2f} %, "
+        f"mean cross-entropy {mean_cross_entropy:.4f}"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -38,11 +37,12 @@ class RowProgress:
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns)
-            self._task = self._bar.add_task(self._title, total=self._total, completed=self._num_done, speed="")
+            self._task = self._bar.add_task(self._title, total=self._total, speed="")
+            self._bar.update(self._task, completed=self._num_done)
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -55,10 +55,8 @@ class RowProgress:
             self._bar.update(self._task, completed=self._num_done, speed=f"{rows_per_second:.1f} rows/s")
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or self._num_done == self._total:
             left = (self._total - self._num_done) / rows_per_second
-            print(
-                f"{self._title}: {self._num_done}/{self._total} rows, {rows_per_second:.1f} rows/s, ETA {left:.0f} s",
-                flush=True,
-            )
+            done = f"{self._num_done}/{self._total} rows"
+            print(f"{self._title}: {done}, {rows_per_second:.1f} rows/s, ETA {left:.0f} s", flush=True)
             self._last_line = now
 
     def note(self, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +69,10 @@ def _all_have_ids(path: Path) -> bool:
 
 
 def _join_by_id(
-    predictions: list[Prediction], references: dict[str, tuple[str, ...]], predictions_path: Path, references_path: Path
+    predictions: list[Prediction],
+    references: dict[str, tuple[str, ...]],
+    predictions_path: Path,
+    references_path: Path,
 ) -> list[tuple[str, ...]]:
     for prediction in predictions:
         if prediction.given_id not in references:
@@ -80,18 +82,23 @@ def _join_by_id(
     given = {prediction.given_id for prediction in predictions}
     for number, example_id in enumerate(references, start=1):
         if example_id not in given:
-            raise DataError(f"{references_path}: row {number}: id {example_id!r} has no answer in {predictions_path}")
+            raise DataError(
+                f"{references_path}: row {number}: id {example_id!r} has no answer in {predictions_path}"
+            )
     return [references[str(prediction.given_id)] for prediction in predictions]
 
 
 def _join_by_line(
-    predictions: list[Prediction], references: list[tuple[str, ...]], predictions_path: Path, references_path: Path
+    predictions: list[Prediction],
+    references: list[tuple[str, ...]],
+    predictions_path: Path,
+    references_path: Path,
 ) -> list[tuple[str, ...]]:
     if len(predictions) > len(references):
         first = predictions[len(references)]
         raise DataError(
-            f"{predictions_path}:{first.row}: has no row to be compared with: {len(predictions)} predictions, "
-            f"{references_path} has {len(references)} rows"
+            f"{predictions_path}:{first.row}: has no row to be compared with: "
+            f"{len(predictions)} predictions, {references_path} has {len(references)} rows"
         )
     if len(predictions) < len(references):
         raise DataError(
@@ -120,8 +127,3 @@ def score_files(predictions_path: Path, references_path: Path) -> ScoreSummary:
         in_order = [example.references for example in rows.examples]
         references = _join_by_line(predictions, in_order, predictions_path, references_path)
     return score_answers([prediction.text for prediction in predictions], references)
-
-
-def score(predictions_path: Path, references_path: Path) -> None:
-    """Prints the summary as one JSON line, the last of the output."""
-    print(json.dumps(score_files(predictions_path, references_path).to_json()), flush=True)

@@ -57,6 +57,18 @@ def _forward_backward(
     return loss_sum.detach().double(), part_sums
 
 
+def _update(engine: DeepSpeedEngine) -> float:
+    """Clips, takes the AdamW step and returns the global gradient norm before clipping."""
+    own_norm = None
+    if not engine.zero_optimization():  # DeepSpeed does not tell it here; gradients are whole and averaged
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        own_norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    norm = engine.get_global_grad_norm() if own_norm is None else own_norm
+    assert norm is not None, "ZeRO computes the norm in every step"
+    return float(norm)
+
+
 def train_step(
     engine: DeepSpeedEngine,
     teacher: OnlineTeacher | None,
@@ -92,10 +104,8 @@ def train_step(
             f"not finite (kd {kd_loss}, cross-entropy {ce_loss}); the step was not taken"
         )
     skipped_before = engine.skipped_steps
-    engine.step()
-    grad_norm = engine.get_global_grad_norm()
+    grad_norm = _update(engine)
     was_skipped = engine.skipped_steps > skipped_before
-    grad_norm = 0.0 if grad_norm is None else float(grad_norm)
     if not math.isfinite(grad_norm) and not was_skipped:
         raise DivergedError(
             f"step {instruction.step}, stage {instruction.stage}, temperature {instruction.temperature:g}: the gradient "

@@ -1,0 +1,60 @@
+"""Runs over tiny models for the tests of measure and evaluate, and workers that fail on purpose."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pocl_dist.config import Config, RayConfig, load_config
+from pocl_dist.difficulty.work import WorkShard
+from pocl_dist.difficulty.worker import ModelWorker
+from pocl_dist.distributed.ray_session import ray_session
+from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.records import DifficultyRecord
+from tests.tiny import write_config
+
+KILL_FOLDER = "POCL_TEST_KILL_FOLDER"
+
+
+@pytest.fixture(scope="module")
+def ray_of_module() -> Iterator[None]:
+    """Holds one Ray for all tests of a module; the steps' own sessions join it."""
+    with ray_session(RayConfig(num_actors=2)):
+        yield
+
+
+def make_run(
+    folder: Path, student: Path, train: Path, teacher: Path | None = None, **sections: object
+) -> tuple[Config, RunDirectory]:
+    """Returns the config of a small run with a curriculum of two stages, and its run directory."""
+    curriculum = {"num_stages": 2, "epochs_per_stage": 2, "ordering": "curriculum"}
+    ray = {"num_actors": 2, "shard_size": 8}
+    for name, defaults in (("curriculum", curriculum), ("ray", ray)):
+        sections[name] = {**defaults, **sections.get(name, {})}  # type: ignore[dict-item]
+    config = load_config([write_config(folder, teacher, student, train, **sections)])
+    return config, RunDirectory(Path(config.run_dir))
+
+
+class DiesOnce(ModelWorker):
+    """A worker whose process ends the first time that it is given the second shard."""
+
+    def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
+        """Dies, or does what a worker does."""
+        marker = Path(os.environ[KILL_FOLDER]) / shard.name
+        if shard.name == "shard-00001" and not marker.exists():
+            marker.touch()
+            os._exit(9)
+        return super().measure(shard)
+
+
+class DiesAlways(ModelWorker):
+    """A worker whose process ends whenever it is given the second shard."""
+
+    def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
+        """Dies, or does what a worker does."""
+        if shard.name == "shard-00001":
+            os._exit(9)
+        return super().measure(shard)
