@@ -27,7 +27,7 @@ def ray_of_module() -> Iterator[None]:
 
 
 def make_run(
-    folder: Path, student: Path, train: Path, teacher: Path | None = None, **sections: object
+    folder: Path, student: Path, train: Path, teacher: Path | None, **sections: object
 ) -> tuple[Config, RunDirectory]:
     """Returns the config of a small run with a curriculum of two stages, and its run directory."""
     curriculum = {"num_stages": 2, "epochs_per_stage": 2, "ordering": "curriculum"}

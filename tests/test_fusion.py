@@ -24,7 +24,9 @@ def counted_rank(values: list[float], index: int, higher_is_easier: bool) -> flo
 def random_records(seed: int, num_records: int = 40) -> list[DifficultyRecord]:
     generator = random.Random(seed)
     return [
-        DifficultyRecord(f"row-{index:02d}", generator.choice([0.0, 0.25, 1.0]), generator.randint(1, 9) / 4, 3, "")
+        DifficultyRecord(
+            f"row-{index:02d}", generator.choice([0.0, 0.25, 1.0]), generator.randint(1, 9) / 4, 3, ""
+        )
         for index in range(num_records)
     ]
 
@@ -53,9 +55,10 @@ def test_the_fused_score_is_the_sum_of_reciprocal_ranks(seed: int, k: float) -> 
     for index, record in enumerate(records):
         ranks = counted_rank(rouges, index, True), counted_rank(entropies, index, False)
         expected = 1 / (k + ranks[0]) + 1 / (k + ranks[1])
-        assert by_id[record.example_id] == RankedExample(
-            record.example_id, record.rouge_l, record.cross_entropy, *ranks, pytest.approx(expected, abs=1e-15)
-        )
+        example = by_id[record.example_id]
+        assert (example.rouge_l, example.cross_entropy) == (record.rouge_l, record.cross_entropy)
+        assert (example.rank_rouge_l, example.rank_cross_entropy) == ranks
+        assert example.fused_score == pytest.approx(expected, abs=1e-15)
 
 
 def test_the_ranking_goes_from_easy_to_hard_and_equal_scores_by_id() -> None:

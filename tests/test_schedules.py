@@ -47,7 +47,9 @@ def test_cosine_is_half_a_cosine() -> None:
         (0.25, 0.25),
     ],
 )
-def test_one_stage_is_plain_distillation_unless_a_value_is_written(schedule: Schedule, expected: float) -> None:
+def test_one_stage_is_plain_distillation_unless_a_value_is_written(
+    schedule: Schedule, expected: float
+) -> None:
     assert stage_values(schedule, 1) == (expected,)
 
 

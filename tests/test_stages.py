@@ -13,7 +13,9 @@ from pocl_dist.errors import DataError
 IDS = tuple(f"row-{index:03d}" for index in range(100))
 
 
-@pytest.mark.parametrize(("num_ranked", "num_stages"), [(100, 4), (103, 4), (11435, 4), (7, 7), (9, 2), (5, 1)])
+@pytest.mark.parametrize(
+    ("num_ranked", "num_stages"), [(100, 4), (103, 4), (11435, 4), (7, 7), (9, 2), (5, 1)]
+)
 def test_parts_are_equal_and_the_last_takes_the_remainder(num_ranked: int, num_stages: int) -> None:
     sizes = stage_sizes(num_ranked, num_stages)
     parts = [after - before for before, after in zip((0, *sizes), sizes, strict=False)]
@@ -36,7 +38,9 @@ def test_visits_per_example_are_the_same_for_any_number_of_stages(num_stages: in
     curriculum = CurriculumConfig(num_stages=num_stages, visits_per_example=visits)
     stages = make_stages(1603, curriculum, 8)
     assert sum(s.num_examples * s.epochs for s in stages) / 1603 == pytest.approx(visits, rel=1e-12)
-    assert sum(s.num_steps for s in stages) * 8 / 1603 == pytest.approx(visits, rel=0.01 if visits > 1 else 0.05)
+    assert sum(s.num_steps for s in stages) * 8 / 1603 == pytest.approx(
+        visits, rel=0.01 if visits > 1 else 0.05
+    )
 
 
 def test_a_stage_smaller_than_a_batch_has_a_step() -> None:

@@ -46,7 +46,7 @@ def write_llama(folder: Path, hidden: int, layers: int, seed: int, is_tied: bool
     return folder
 
 
-def write_config(folder: Path, teacher: Path | None, student: Path, train: Path, **sections: object) -> Path:
+def write_config(folder: Path, teacher: Path | None, student: Path, train: Path, /, **sections: object) -> Path:
     """Writes a config over tiny models; `sections` are merged over small defaults."""
     value: dict = {
         "run_dir": str(folder / "run"),

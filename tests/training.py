@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +13,7 @@ from pocl_dist.config import load_config
 from pocl_dist.files import read_json_lines
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_ranks_with_errors
 
 
 def _distill(paths: list[str], overrides: list[str], stop_after: int | None) -> None:
@@ -57,3 +60,71 @@ def checkpoint_tensors(run: RunDirectory) -> dict[str, torch.Tensor]:
 
     newest = sorted(run.checkpoints.glob("step-*"))[-1]
     return {name: value for file in newest.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def _distill_astray(paths: list[str], stray: int) -> None:
+    """As `_distill`, but the rank `stray` applies half the temperature it received."""
+    from pocl_dist.curriculum.coordinator import Instruction
+    from pocl_dist.pipeline import distill as step
+
+    config = load_config(paths)
+    received = Instruction.from_floats
+
+    def halved(values: list[float]) -> Instruction:
+        instruction = received(values)
+        is_stray = os.environ["RANK"] == str(stray) and instruction.step == 2
+        return replace(instruction, temperature=instruction.temperature / 2) if is_stray else instruction
+
+    Instruction.from_floats = halved  # type: ignore[method-assign,assignment]
+    step.distill_rank(config, RunDirectory(Path(config.run_dir)))
+
+
+def distill_with_stray(config: Path, world_size: int, stray: int) -> list:
+    """Trains with one rank that goes astray; returns (value, error) per rank."""
+    loaded = load_config([config])
+    make_plan(loaded, RunDirectory(Path(loaded.run_dir)))
+    return run_ranks_with_errors(_distill_astray, world_size, [str(config)], stray)
+
+
+def plain_torch_weights(pair: tuple[Path, Path, Path], run: RunDirectory) -> dict[str, torch.Tensor]:
+    """Returns the weights of the same training written as a plain loop, in float64, without our parts.
+
+    Forward KL, T^2, mixing, global mean over tokens, clip 1, AdamW with decay on matrices, a cosine that
+    restarts and an optimizer that is new in each stage. Only plan and sampler (the order) are ours.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pocl_dist.data.sampler import StageSampler
+    from pocl_dist.pipeline.plan import read_plan
+
+    plan = read_plan(run.plan)
+    teacher, student = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in pair[:2])
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    rows = {row["id"]: row for row in map(json.loads, pair[2].read_text().splitlines())}
+    for stage in plan.stages:
+        groups = [[p for p in student.parameters() if (p.ndim >= 2) == is_matrix] for is_matrix in (True, False)]
+        optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.num_steps, eta_min=1e-7)
+        sampler = StageSampler(42, stage.index, stage.num_examples, stage.epochs, 8)
+        for step in range(stage.num_steps):
+            total, count = torch.zeros((), dtype=torch.float64), 0
+            for position in sampler.batch(step):
+                row = rows[plan.ranking[position]]
+                prompt = tokenizer(f"### Instruction:\n{row['instruction']}\n\n### Response:\n")["input_ids"]
+                answer = [*tokenizer(row["output"])["input_ids"], tokenizer.eos_token_id]
+                ids = torch.tensor([prompt + answer])
+                at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+                z = student(ids).logits[0, at, : len(tokenizer)]
+                with torch.no_grad():
+                    y = teacher(ids).logits[0, at, : len(tokenizer)]
+                t = stage.temperature
+                p, q = torch.softmax(y / t, -1), torch.softmax(z / t, -1)
+                kl = (p * (p.log() - q.log())).sum() * t * t
+                ce = torch.nn.functional.cross_entropy(z, torch.tensor(answer), reduction="sum")
+                total, count = total + stage.kd_ratio * kl + (1 - stage.kd_ratio) * ce, count + len(answer)
+            optimizer.zero_grad()
+            (total / count).backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    return {name: value.detach().float() for name, value in student.named_parameters()}

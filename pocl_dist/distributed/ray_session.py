@@ -27,7 +27,13 @@ from pocl_dist.errors import ConfigError, UnavailableError
 OBJECT_STORE_BYTES = 200 << 20
 # Ray's sockets lie under the folder; a path of more than 107 bytes is no socket address.
 LONGEST_TEMPORARY_PATH = 40
-_PROBE = "import logging, sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)"
+# The first call refuses a wrong token at once; `ray.init` alone retries it for 20 seconds.
+_PROBE = """
+import logging, sys, ray
+from ray._private.services import canonicalize_bootstrap_address
+ray._raylet.GcsClient(address=canonicalize_bootstrap_address(sys.argv[1]))
+ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
+"""
 
 
 @cache
@@ -72,24 +78,27 @@ def _one_line(error: BaseException | str) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _start_local(config: RayConfig) -> None:
+def _initialise(what: str, **options: object) -> None:
     import ray
     from ray.exceptions import RayError
 
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (RayError, RuntimeError, ConnectionError, TimeoutError, ValueError) as error:
+        raise UnavailableError(f"{what}: {_one_line(error)}") from error
+
+
+def _start_local(config: RayConfig) -> None:
     # With more actors asked for than there are CPUs, Ray would wait for CPUs for ever.
     num_cpus = None if config.num_actors is None else config.num_actors * config.cpus_per_actor
-    try:
-        ray.init(
-            address="local",  # not None: that would join whatever RAY_ADDRESS names
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(_private_folder() / "ray"),
-        )
-    except (RayError, RuntimeError, ConnectionError, TimeoutError, ValueError) as error:
-        raise UnavailableError(f"a local Ray could not be started: {_one_line(error)}") from error
+    _initialise(
+        "a local Ray could not be started",
+        address="local",  # not None: that would join whatever RAY_ADDRESS names
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=str(_private_folder() / "ray"),
+    )
 
 
 def _has_token() -> bool:
@@ -129,10 +138,8 @@ def _check_reachable(address: str, timeout_seconds: float) -> None:
 
 
 def _join_cluster(address: str, timeout_seconds: float) -> None:
-    import ray
-
     _check_reachable(address, timeout_seconds)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    _initialise(f"ray.address: could not join {address}", address=address)
 
 
 @contextlib.contextmanager
@@ -149,11 +156,13 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if config.address is None:
         environment["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
     with _environment(environment):
-        import ray  # reads the environment once, at import
+        import ray
 
         if ray.is_initialized():
             yield
             return
+        # Ray reads its environment once, at import; who imported it before us did so without the token.
+        ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
         if config.address is None:
             _start_local(config)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -48,6 +49,8 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
     inputs = _inputs(config, rows, ranked)
     easy_to_hard = list(rows.by_id()) if ranked is None else [example.example_id for example in ranked]
     stages = make_stages(len(easy_to_hard), config.curriculum, config.engine.global_batch_size)
+    if config.models.teacher is None:  # SFT: cross-entropy alone, in every stage
+        stages = tuple(replace(stage, temperature=1.0, kd_ratio=0.0) for stage in stages)
     plan = Plan(order(easy_to_hard, config.curriculum.ordering, config.seed), stages)
     if run.plan.exists():
         kept = read_plan(run.plan)
@@ -65,6 +68,7 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
 def _inputs(config: Config, rows: Rows, ranked: Sequence[RankedExample] | None) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the plan depends on."""
     inputs = select_keys(config, (*_INPUT_KEYS, "data.limit")) | {"data.train sha256": rows.digest}
+    inputs["models.teacher is null"] = config.models.teacher is None
     if config.curriculum.ordering == "shuffled":
         inputs["seed"] = config.seed
     if ranked is not None:

