@@ -38,6 +38,7 @@ setup(
         "pydantic>=2.10",
         "pyyaml>=6.0",
         "rich>=13.0",
+        "accelerate>=1.1",  # docs/decisions/dependencies.md
     ],
     extras_require={
         "track": ["tensorboard>=2.18"],

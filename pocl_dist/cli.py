@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,30 +76,31 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
 
 def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.config import load_config
-    from pocl_dist.pipeline.run_directory import RunDirectory, run_lock
+    from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused, run_lock
+    from pocl_dist.pipeline.run_step import run_step
 
     files = [word for word in words if "=" not in word]
     config = load_config(files, [word for word in words if "=" in word])
-    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     run = RunDirectory(Path(config.run_dir))
-    is_writer = not is_rank or os.environ["RANK"] == "0"
-    # Ranks started by `run` work under its lock; ranks started by another launcher take their own.
-    has_lock = is_rank and os.environ.get("POCL_DIST_LOCKED") == str(run.root.resolve())
-    with nullcontext() if has_lock or not is_writer else run_lock(run.root):
+    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    step = _step_of(command, is_rank)
+    # Ranks that `run` or `distill` started work under the lock, config and manifest of that process;
+    # those of another launcher (torchrun, Slurm) have rank 0 for it.
+    is_child = is_rank and os.environ.get("POCL_DIST_PARENT") == str(run.root.resolve())
+    is_owner = not is_child and (not is_rank or os.environ["RANK"] == "0")
+    with contextlib.ExitStack() as stack:
+        if is_owner:
+            stack.enter_context(run_lock(run.root))
+            stack.enter_context(kept_if_refused(run.root))
         try:
-            if is_writer and not is_rank:
-                run.root.mkdir(parents=True, exist_ok=True)
+            if is_owner:
                 run.write_config(config)
-                os.environ["POCL_DIST_LOCKED"] = str(run.root.resolve())
-            if command in ("run",) or is_rank:
-                if is_writer:
-                    run.write_status("running", None, command)
-                _step_of(command, is_rank)(config, run)
+                os.environ["POCL_DIST_PARENT"] = str(run.root.resolve())
+            if is_owner and command != "run":
+                run_step(command, step, config, run)
             else:
-                from pocl_dist.pipeline.run_step import run_step
-
-                run_step(command, _step_of(command, is_rank), config, run)
-            if is_writer:
+                step(config, run)
+            if is_owner or os.environ["RANK"] == "0":
                 run.write_status("done", 0, command)
         except BaseException as error:
             _record_failure(run, command, error, is_rank)

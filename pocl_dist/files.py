@@ -182,7 +182,9 @@ def verify_manifest(folder: Path) -> list[str]:
     findings = []
     for row in listed:
         path = folder / str(row["path"])
-        if not path.is_file():
+        if not path.resolve().is_relative_to(folder.resolve()):
+            findings.append(f"{row['path']!r}: leaves {folder}; it was not looked at")
+        elif not path.is_file():
             findings.append(f"{row['path']}: missing")
         elif path.stat().st_size != row["bytes"]:
             findings.append(f"{row['path']}: {path.stat().st_size} bytes, expected {row['bytes']}")

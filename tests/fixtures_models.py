@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,7 @@ from pocl_dist.difficulty.worker import ModelWorker
 from pocl_dist.distributed.ray_session import ray_session
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord
-from tests.tiny import write_config
-
-KILL_FOLDER = "POCL_TEST_KILL_FOLDER"
+from tests.tiny import WORDS, write_config
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +37,29 @@ def make_run(
     return config, RunDirectory(Path(config.run_dir))
 
 
+def write_varied_rows(path: Path, num_rows: int = 24) -> Path:
+    """Writes rows that all differ; the random students say some of the last three words now and then."""
+    lines = []
+    for index in range(num_rows):
+        words = [WORDS[(index * 5 + k * (1 + index // 21)) % len(WORDS)] for k in range(1 + index % 6)]
+        row = {
+            "id": f"row-{index:03d}",
+            "instruction": " ".join(["say", *words]),
+            "output": " ".join([*words, "it on the"]),
+        }
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 class DiesOnce(ModelWorker):
-    """A worker whose process ends the first time that it is given the second shard."""
+    """A worker whose process ends the first time that it is given the first batch."""
+
+    marker = Path()  # where it notes that it has died; the test sets it
 
     def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
         """Dies, or does what a worker does."""
-        marker = Path(os.environ[KILL_FOLDER]) / shard.name
-        if shard.name == "shard-00001" and not marker.exists():
-            marker.touch()
-            os._exit(9)
-        return super().measure(shard)
-
-
-class DiesAlways(ModelWorker):
-    """A worker whose process ends whenever it is given the second shard."""
-
-    def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
-        """Dies, or does what a worker does."""
-        if shard.name == "shard-00001":
+        if shard.batches[0].index == 0 and not self.marker.exists():
+            self.marker.touch()
             os._exit(9)
         return super().measure(shard)

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from pocl_dist.bundled import make_rows, tiny
-from pocl_dist.bundled.tasks import TASKS, Exercise
+from pocl_dist.bundled.tasks import TASKS
 
 FOLDER = Path(make_rows.__file__).parent
 SPLITS = ("train", "dev", "test")
@@ -69,7 +69,7 @@ def test_models_are_small_enough_to_commit() -> None:
 
 
 def test_teacher_answers_test_rows_well() -> None:
-    rows = [Exercise(r["instruction"], r["input"], r["output"]) for r in read_rows("test")[:24]]
+    rows = make_rows.read_split(FOLDER, "test")[:24]
     teacher = LlamaForCausalLM.from_pretrained(FOLDER / "teacher")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER / "teacher")
     answers = tiny.answers(teacher, tokenizer, rows)

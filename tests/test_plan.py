@@ -261,7 +261,7 @@ def test_planning_loads_no_torch(tmp_path: Path) -> None:
         "from pocl_dist.pipeline.run_directory import RunDirectory;"
         "config = load_config([sys.argv[1]]); make_plan(config, RunDirectory(Path(config.run_dir)));"
         "import pocl_dist.pipeline.measure, pocl_dist.pipeline.evaluate;"
-        "print({'torch', 'transformers', 'ray', 'deepspeed', 'datasets'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'ray', 'deepspeed', 'datasets', 'pandas'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

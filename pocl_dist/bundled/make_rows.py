@@ -43,6 +43,25 @@ def unseen_exercises(
     return chosen
 
 
+def generated_exercises(seed: int, num_rows: int, held_out: set[tuple[str, str]]) -> list[Exercise]:
+    """More exercises to pretrain on, the tasks in turn; none asks a question of `held_out`."""
+    rng = random.Random(seed)
+    names = list(TASKS)
+    chosen: list[Exercise] = []
+    while len(chosen) < num_rows:
+        exercise = TASKS[names[len(chosen) % len(names)]](rng)
+        if prompt_key(exercise) not in held_out:
+            chosen.append(exercise)
+    return chosen
+
+
+def read_split(folder: Path, split: str) -> list[Exercise]:
+    """The exercises of one split that `write_rows` wrote into `folder`."""
+    lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [Exercise(row["instruction"], row["input"], row["output"]) for row in rows]
+
+
 def write_rows(folder: Path) -> None:
     """Writes the three splits into `folder`; no question is in two of them."""
     rng = random.Random(SEED)

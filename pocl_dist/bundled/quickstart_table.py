@@ -44,7 +44,9 @@ def main(folder: Path) -> None:
     for run in (kd, pocl):
         time_used = json.loads((run / "report.json").read_text())["time"]
         share = 100 * time_used["measure_and_plan_share"]
-        console.print(f"{run}: {time_used['total_seconds']:.0f} s, of which measure and plan {share:.1f} %")
+        console.print(
+            f"{run}: {time_used['total_seconds']:.0f} s, of which measure and plan {share:.1f} %"
+        )
 
 
 if __name__ == "__main__":

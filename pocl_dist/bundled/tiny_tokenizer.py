@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 END_TOKEN = "<|endoftext|>"
-# A ceiling: with the bundled rows merging ends at 1,112, when every word is one token.
+# A ceiling: with the bundled rows merging ends at 1,115, when every word is one token.
 VOCABULARY_SIZE = 1280
 
 

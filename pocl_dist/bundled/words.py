@@ -1,7 +1,7 @@
 """Word tables that the bundled tasks draw from.
 
-Words are short and few on purpose: a byte-level BPE vocabulary of 1,112 then holds every
-word as one token, and a model of a million parameters can learn every table.
+Words are short and few on purpose: a byte-level BPE vocabulary of 1,115 tokens then
+holds every word as one token, and a model of a million parameters can learn every table.
 """
 
 

@@ -45,6 +45,10 @@ def _check_engine(config: Config) -> None:
             f"engine.global_batch_size: {engine.global_batch_size} rows cannot be shared by "
             f"engine.world_size {engine.world_size} ranks; use a multiple of it"
         )
+    if engine.zero_stage == 0 and engine.dtype in ("bf16", "fp16"):
+        raise ConfigError(
+            f"engine.zero_stage: 0 trains in fp32 only, not {engine.dtype}; use stage 1, 2 or 3"
+        )
     if engine.offload_param != "none" and engine.zero_stage != 3:
         raise ConfigError(f"engine.offload_param: needs engine.zero_stage 3, not {engine.zero_stage}")
     if engine.offload_optimizer != "none" and engine.zero_stage == 0:

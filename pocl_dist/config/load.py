@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,40 +22,53 @@ PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the number and boolean rules of YAML 1.2, without aliases and repeated keys.
+    """Safe YAML with the scalars of YAML 1.2, without aliases, tags and repeated keys.
 
-    YAML 1.1, PyYAML's default, reads `1e-4` as text and `off` as False.
+    YAML 1.1, PyYAML's default, reads `1e-4` as text, `off` as False, `017` as 15 and `1:30` as 90.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not allowed", self.peek_event().start_mark
-            )
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _complaint("aliases are not allowed", event)
+        if getattr(event, "tag", None) is not None:
+            raise _complaint(f"the tag {event.tag} is not allowed", event)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _complaint("a key must be a word", key_node)
             if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
-                )
+                raise _complaint(f"key {key_node.value!r} is given twice", key_node)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float",
-                                                                  "tag:yaml.org,2002:timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}  # fmt: skip
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
-    list("-+.0123456789"),
-)
+def _complaint(problem: str, where: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
+    mark = cast("yaml.error.Mark", where.start_mark)
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number: to PyYAML alone `1e4` is text."""
+
+
+# What a plain scalar means; anything else is text. Dates, octals and merge keys are no part of a config.
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$",
+        list("-+.0123456789"),
+    ),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def find_config(path: str) -> Path:
@@ -71,9 +84,18 @@ def find_config(path: str) -> Path:
 
 def _parse_yaml(text: str, source: str) -> JSONValue:
     try:
-        return cast("JSONValue", yaml.load(text, Loader=_Loader))  # noqa: S506  (a SafeLoader)
+        return cast("JSONValue", yaml.load(text, Loader=_Loader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = " ".join(str(part) for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{source}: not valid YAML: {problem}{where}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
 
 
 def _read_file(path: Path) -> dict[str, JSONValue]:
@@ -93,8 +115,9 @@ def _merge(base: dict[str, JSONValue], over: Mapping[str, JSONValue]) -> dict[st
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        # A schedule is one value written in several keys: the later file replaces it whole.
-        is_whole = isinstance(value, dict) and "schedule" in value
+        # A schedule is one value written in several keys: the later file replaces it whole. So does `{}`,
+        # the only way to drop what a lower layer wrote into `loss.kwargs`.
+        is_whole = isinstance(value, dict) and (not value or value.keys() >= {"schedule", "start"})
         if isinstance(value, dict) and isinstance(below, dict) and not is_whole:
             merged[key] = _merge(below, value)
         else:
@@ -113,35 +136,74 @@ def _parse_override(text: str) -> dict[str, JSONValue]:
     return cast("dict[str, JSONValue]", value)
 
 
-def _known_keys(model: type[BaseModel], path: Sequence[object]) -> list[str]:
-    """Returns the keys that are allowed at `path`, descending through optional sections."""
-    current = model
+def _sections_of(annotation: object) -> list[type[BaseModel]]:
+    """Returns the sections that a field may hold, found through `| None` and `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_of(argument)]
+
+
+def _known_keys(path: Sequence[object]) -> list[str]:
+    """Returns the keys that are allowed in the section at `path`; empty when it is no section."""
+    current: type[BaseModel] = Config
     for part in path:
         field = current.model_fields.get(str(part))
-        if field is None:
-            break
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        sections = _sections_of(field.annotation) if field else []
         if not sections:
-            break
+            return []
         current = sections[0]
     return list(current.model_fields)
 
 
+def _shown(value: object) -> str:
+    """Returns the value as YAML would have it, on one line of at most 80 characters."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _reason(detail: ErrorDetails, path: Sequence[object]) -> str:
+    kind = detail["type"]
+    if kind in ("model_type", "dict_type"):
+        known = _known_keys(path)
+        return f"must be keys and values ({', '.join(known)})" if known else "must be keys and values"
+    if kind in _REASONS:
+        return _REASONS[kind]
+    # "Input should be greater than 0" -> "must be greater than 0"
+    return re.sub(r"^(?:Input|List|String) should ", "must ", detail["msg"]).replace(" after validation", "")
+
+
+_REASONS = {
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must not hold a NUL",
+    "list_type": "must be a list, written [first, second]",
+    "invalid_key": "keys must be text",
+}
+
+
 def _message(detail: ErrorDetails) -> str:
+    # Branches of a union and "the key, not its value" stand in brackets: they are no keys.
     path = [part for part in detail["loc"] if not str(part).endswith("]")]
-    if path and path[-1] in ("ScheduleConfig", "float"):  # branches of a union are not keys
-        path = path[:-1]
     key = ".".join(str(part) for part in path)
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(Config, path[:-1])
+        known = _known_keys(path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; allowed here: {', '.join(known)}"
-        return f"{key}: unknown key{hint}"
+        return f"{_printable(key)}: unknown key{hint}"
     if detail["type"] == "missing":
-        return f"{key}: is required"
-    reason = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{key}: {detail['input']!r} is not allowed: {reason}"
+        return f"{_printable(key)}: is required"
+    return f"{_printable(key)}: {_shown(detail['input'])} is not allowed: {_reason(detail, path)}"
+
+
+def _printable(key: str) -> str:
+    """Returns a key without the control characters that a hostile file could send to a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in key)[:80]
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -166,4 +228,4 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 def dump_config(config: Config) -> str:
     """Returns the config, defaults included, as YAML that `load_config` reads back to the same value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    Tag,
+)
 
-Text = Annotated[str, StringConstraints(min_length=1)]
+Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]*$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -93,7 +101,25 @@ class ScheduleConfig(Section):
     """Value of the last stage; not used by `constant`."""
 
 
-Schedule = ScheduleConfig | Annotated[list[float], Field(min_length=1)] | float
+def _schedule_form(value: object) -> str | None:
+    if isinstance(value, (dict, ScheduleConfig)):
+        return "[schedule]"
+    if isinstance(value, list):
+        return "[table]"
+    return "[number]" if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+# The form is told apart first, so that a mistake in it gives one complaint and not one per alternative.
+Schedule = Annotated[
+    Annotated[ScheduleConfig, Tag("[schedule]")]
+    | Annotated[list[float], Field(min_length=1), Tag("[table]")]
+    | Annotated[float, Tag("[number]")],
+    Discriminator(
+        _schedule_form,
+        custom_error_type="schedule_form",
+        custom_error_message="must be a number, a list with one number per stage, or {schedule, start, end}",
+    ),
+]
 
 
 class CurriculumConfig(Section):

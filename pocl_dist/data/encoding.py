@@ -8,12 +8,13 @@ pad equals eos.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from pocl_dist.errors import ConfigError, MismatchError
+from pocl_dist.errors import ConfigError, DataError, MismatchError
 from pocl_dist.records import IGNORE_INDEX, Batch, EncodedExample, Example
 
 _ALPACA = "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n"
@@ -66,7 +67,10 @@ class Encoder:
         content = (f"{example.prompt}\n{example.context}" if example.context else example.prompt).strip()
         messages = [{"role": role, "content": text} for role, text in example.history]
         messages.append({"role": "user", "content": content})
-        text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        try:
+            text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except TemplateError as error:
+            raise DataError(f"row {example.example_id!r}: the chat template refuses its messages: {error}") from error
         before, found, after = text.rpartition(content)
         if not found:
             raise ConfigError("data.template: the tokenizer's chat template changes the text of the message")
@@ -79,20 +83,27 @@ class Encoder:
         return ids
 
     def encode_prompt(self, example: Example) -> tuple[list[int], bool]:
-        """Returns the prompt's ids and whether its content had to be cut."""
-        prompt = self.render(example)
+        """Returns the prompt's ids and whether something had to be cut.
+
+        Under `chat` the earlier turns stand before the content: the oldest go first.
+        """
         with_special = self.template != "chat"  # a chat template writes its own
-        ids = self._ids(prompt.prefix + prompt.content + prompt.suffix, with_special)
-        if len(ids) <= self.max_prompt_tokens:
-            return ids, False
-        before, after = self._ids(prompt.prefix, with_special), self._ids(prompt.suffix)
-        room = self.max_prompt_tokens - len(before) - len(after)
-        if room < 1:
-            raise ConfigError(
-                f"data.max_prompt_tokens: {self.max_prompt_tokens} leaves no room: the template alone takes "
-                f"{len(before) + len(after)} tokens"
-            )
-        return before + self._ids(prompt.content)[-room:] + after, True
+        kept, is_cut = example, False
+        while True:
+            prompt = self.render(kept)
+            ids = self._ids(prompt.prefix + prompt.content + prompt.suffix, with_special)
+            if len(ids) <= self.max_prompt_tokens:
+                return ids, is_cut
+            before, after = self._ids(prompt.prefix, with_special), self._ids(prompt.suffix)
+            room = self.max_prompt_tokens - len(before) - len(after)
+            if room >= 1:
+                return before + self._ids(prompt.content)[-room:] + after, True
+            if self.template != "chat" or not kept.history:
+                raise ConfigError(
+                    f"data.max_prompt_tokens: {self.max_prompt_tokens} leaves no room: the template alone takes "
+                    f"{len(before) + len(after)} tokens"
+                )
+            kept, is_cut = replace(kept, history=_without_oldest_turn(kept.history)), True
 
     def encode(self, example: Example) -> EncodedExample:
         """Returns prompt + response + eos, both cut to their bounds; eos is lost only with a cut response."""
@@ -106,6 +117,13 @@ class Encoder:
             is_prompt_cut=is_prompt_cut,
             is_response_cut=len(response_ids) > room,
         )
+
+
+def _without_oldest_turn(history: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Returns the messages without the oldest question and its answer; a system message goes last."""
+    first = 1 if history[0][0] == "system" and len(history) > 1 else 0
+    later_questions = [index for index, (role, _) in enumerate(history) if role == "user" and index > first]
+    return history[:first] + history[later_questions[0] if later_questions else len(history) :]
 
 
 def shift_labels(token_ids: Sequence[int], num_prompt_tokens: int) -> tuple[list[int], list[int]]:

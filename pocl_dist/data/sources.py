@@ -7,6 +7,7 @@ without naming them, so files are read here, strictly; hub ids go through `datas
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,23 @@ def parse_line(line: bytes) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise _BadRowError(f"not UTF-8 at byte {error.start} of the row") from error
     except json.JSONDecodeError as error:
-        raise _BadRowError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:
-        raise _BadRowError(str(error) or "nested too deeply") from error
+        problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise _BadRowError(f"not JSON (one object per line is expected): {problem}") from error
+    except RecursionError as error:
+        raise _BadRowError("nested too deeply") from error
+    except _BadRowError:
+        raise
+    except ValueError as error:  # Python's bound against quadratic time
+        raise _BadRowError("a number has more than 4300 digits") from error
     if not isinstance(row, dict):
         raise _BadRowError(f"not a JSON object but {type(row).__name__}")
     return row
+
+
+def _shown(value: object) -> str:
+    """Returns a value of a row for a message: on one line, escaped, 80 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _text(row: Mapping[str, object], name: str, can_be_empty: bool = False) -> str:
@@ -129,8 +141,9 @@ def parse_row(row: Mapping[str, object]) -> Example:
     if given is None:
         return example
     if isinstance(given, bool) or not isinstance(given, str | int) or str(given).strip() == "":
-        raise _BadRowError(f"field 'id' is {given!r}, expected text or a whole number")
-    return Example(str(given), example.prompt, example.context, example.references, example.history)
+        raise _BadRowError(f"field 'id' is {_shown(given)}, expected text or a whole number")
+    name = _text({"id": str(given)}, "id")
+    return Example(name, example.prompt, example.context, example.references, example.history)
 
 
 # ------------------------------------------------------------------------------------- source -> rows
@@ -147,7 +160,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object] | _BadRowEr
                 rest = handle.readline(MAX_ROW_BYTES)
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
+            if not is_too_long and not line.strip():
                 continue
             try:
                 yield number, parse_line(line)
@@ -157,16 +170,16 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object] | _BadRowEr
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object] | _BadRowError]]:
     import pyarrow.parquet as pq
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
 
+    number = 0
     try:
-        number = 0
         for batch in pq.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield number, {key: value for key, value in row.items() if value is not None}
-    except ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from error
+    except (ArrowException, OSError, UnicodeDecodeError) as error:  # damaged files raise any of these
+        raise DataError(f"{path}: not a readable Parquet file, after row {number}: {error}") from error
 
 
 def _hub_rows(source: str) -> Iterator[tuple[int, dict[str, object] | _BadRowError]]:
@@ -190,6 +203,8 @@ def _open(source: str, key: str) -> Iterator[tuple[int, dict[str, object] | _Bad
     except FileNotFoundError as error:
         raise MissingInputError(f"{key}: {source!r}: {error}") from error
     if path.is_file():
+        if not os.access(path, os.R_OK):
+            raise MissingInputError(f"{key}: {source} may not be read (looked at {path.resolve()})")
         return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
     looks_like_hub_id = source.partition("@")[0].partition("#")[0].count("/") == 1
     if path.suffix in FILE_SUFFIXES or path.is_dir() or not looks_like_hub_id:
@@ -222,7 +237,7 @@ def read_rows(
                 example = _with_content_id(example, num_same)
             if example.example_id in row_of_id:
                 raise _BadRowError(
-                    f"id {example.example_id!r} is that of row {row_of_id[example.example_id]} too"
+                    f"id {_shown(example.example_id)} is that of row {row_of_id[example.example_id]} too"
                 )
         except _BadRowError as error:
             bad_rows.append(BadRow(source, number, str(error)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_dist.difficulty.signals import SIGNALS, AnsweredBatch
 from pocl_dist.difficulty.work import WorkBatch, WorkShard
-from pocl_dist.errors import ConfigError
+from pocl_dist.errors import ConfigError, MismatchError
 from pocl_dist.models.generation import Sampling, generate_answers
 from pocl_dist.models.loading import load_model, load_tokenizer
-from pocl_dist.models.sources import ModelFolder
+from pocl_dist.models.sources import ModelFolder, model_digest
 from pocl_dist.records import DifficultyRecord
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ class WorkerSettings:
     """What a worker is made from."""
 
     model: ModelFolder
+    model_digest: str  # what `model_digest` has to give where the worker runs
     sampling: Sampling
     num_threads: int
 
@@ -50,12 +52,22 @@ class ModelWorker:
 
         Not in `__init__`: an error there reaches the driver without its class.
         """
+        self._check_model()
         torch.set_num_threads(self.settings.num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self._tokenizer = load_tokenizer(self.settings.model)
         self._model = load_model(self.settings.model, dtype).to(device)  # type: ignore[arg-type]
         return str(device)
+
+    def _check_model(self) -> None:
+        """Raises MismatchError (78) when the folder is not what the driver saw: another node, a new training."""
+        source = self.settings.model
+        if model_digest(source) != self.settings.model_digest:
+            raise MismatchError(
+                f"{source.origin}: the weights in {source.folder} on {socket.gethostname()} are not those "
+                "that the driver found there"
+            )
 
     def answer(self, shard: WorkShard) -> Answers:
         """Returns the model's answer to every row of the shard."""

@@ -83,7 +83,7 @@ def _initialise(what: str, **options: object) -> None:
     from ray.exceptions import RayError
 
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)  # type: ignore[arg-type]
     except (RayError, RuntimeError, ConnectionError, TimeoutError, ValueError) as error:
         raise UnavailableError(f"{what}: {_one_line(error)}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,20 +34,29 @@ def load_tokenizer(source: ModelFolder) -> PreTrainedTokenizerBase:
 def load_model(source: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
     """Returns the causal language model of a folder, from safetensors only, in eval mode."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MissingInputError(f"{source.origin}: no usable model in {source.folder}: {error}") from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise RefusedError(f"{source.origin}: {error}") from error
-        raise
-    return cast("PreTrainedModel", model.eval())
+        raise MissingInputError(f"{source.origin}: no usable model in {source.folder}: {error}") from error
+    model, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
+    # transformers fills what a file lacks with random numbers and goes on.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise MissingInputError(
+            f"{source.origin}: {source.folder} lacks {len(missing)} weights of {type(model).__name__} "
+            f"(first: {', '.join(missing[:3])})"
+        )
+    return model.eval()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

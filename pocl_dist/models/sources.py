@@ -22,6 +22,7 @@ from pocl_dist.files import (
 )
 
 MARKER = "pocl_dist.json"
+_SETTINGS_FILES = ("config.json", "tokenizer_config.json")
 # Hashing 140 GB of teacher at every start costs minutes; above this, sizes and headers must do.
 FULL_HASH_BYTES = 4 << 30
 
@@ -42,6 +43,14 @@ def cache_folder() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "pocl_dist"
 
 
+def _settings(file: Path, key: str) -> dict[str, JSONValue]:
+    """Returns the settings in a JSON file of a model folder, none when the file is not there."""
+    try:
+        return read_json(file) if file.exists() else {}
+    except ValueError as error:
+        raise MissingInputError(f"{key}: no usable model: {error}") from error
+
+
 def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
     if not (folder / "config.json").is_file():
         raise MissingInputError(f"{key}: {folder} has no config.json: not a model folder")
@@ -54,9 +63,10 @@ def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
         )
     if not weights:
         raise MissingInputError(f"{key}: {folder} holds no .safetensors file")
-    if not trust_remote_code and "auto_map" in read_json(folder / "config.json"):
+    with_code = [name for name in _SETTINGS_FILES if "auto_map" in _settings(folder / name, key)]
+    if with_code and not trust_remote_code:
         raise RefusedError(
-            f"{key}: the model in {folder} brings Python code of its own; set trust_remote_code: true beside "
+            f"{key}: the model in {folder} brings Python code of its own ({with_code[0]}); set trust_remote_code: true beside "
             "the path if you trust its author"
         )
 

@@ -19,20 +19,24 @@ from pocl_dist.pipeline.stop_request import StopRequest
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def _take_signals(stop: StopRequest) -> None:
+    """Makes signals set the flag; only the main thread may."""
+    if threading.current_thread() is threading.main_thread():
+        stop.install()
+
+
 @contextlib.contextmanager
 def stop_request(run: RunDirectory) -> Iterator[StopRequest]:
-    """Turns signals into a flag while the context lasts. A thread that is not the main one cannot."""
+    """Turns signals into a flag while the context lasts; after it they do what they did before."""
     stop = StopRequest(run)
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    stop.install()
+    _take_signals(stop)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def answer_shards(
@@ -47,6 +51,8 @@ def answer_shards(
 
     Raises StoppedError (75) within seconds of a request; shards that are at work are given up.
     """
+
+    _take_signals(stop)  # again: `ray.init` has put handlers of its own in place, which abort
 
     def raise_if_asked() -> None:
         if stop.is_asked():

@@ -32,7 +32,7 @@ from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 
 if TYPE_CHECKING:
     from pocl_dist.data.encoding import Encoder
-    from pocl_dist.models.generation import Sampling
+    from pocl_dist.difficulty.worker import WorkerSettings
     from pocl_dist.pipeline.stop_request import StopRequest
 
 STUDENT = "student"
@@ -84,7 +84,7 @@ def evaluate(config: Config, run: RunDirectory) -> None:
         _check_inputs(config, pair, digests[pair.model])
     missing = [pair for pair in pairs if not pair.file("answers", ".jsonl").exists()]
     if missing:
-        _answer(config, run, models, missing)
+        _answer(config, run, models, digests, missing)
     else:
         say(f"evaluate: {len(pairs)} pairs of model and test set are answered already")
     student_digest = str(digests[STUDENT][f"{STUDENT} model sha256"])
@@ -119,7 +119,11 @@ def _seeds(config: Config) -> list[int]:
 
 
 def _answer(
-    config: Config, run: RunDirectory, models: dict[str, ModelFolder], missing: Sequence[Pair]
+    config: Config,
+    run: RunDirectory,
+    models: dict[str, ModelFolder],
+    digests: dict[str, dict[str, JSONValue]],
+    missing: Sequence[Pair],
 ) -> None:
     from pocl_dist.distributed.ray_session import ray_session
     from pocl_dist.models.loading import load_tokenizer
@@ -131,17 +135,17 @@ def _answer(
         for model, source in models.items():
             pairs = [pair for pair in missing if pair.model == model]
             if pairs:
-                _answer_with(config, stop, source, pairs, encoder)
+                settings = _settings(config, source, str(digests[model][f"{model} model sha256"]))
+                _answer_with(config, stop, settings, pairs, encoder)
 
 
 def _answer_with(
-    config: Config, stop: StopRequest, source: ModelFolder, pairs: Sequence[Pair], encoder: Encoder
+    config: Config, stop: StopRequest, settings: WorkerSettings, pairs: Sequence[Pair], encoder: Encoder
 ) -> None:
     """Lets one model answer its test sets, all seeds, and writes each set when its last shard is in."""
-    from pocl_dist.difficulty.worker import Answers, WorkerSettings
+    from pocl_dist.difficulty.worker import Answers
     from pocl_dist.pipeline.actor_pass import answer_shards
 
-    settings = WorkerSettings(source, _sampling(config), config.ray.cpus_per_actor)
     shards: dict[str, WorkShard] = {}
     pass_of: dict[str, tuple[Pair, int]] = {}
     for pair in pairs:
@@ -161,17 +165,19 @@ def _answer_with(
             _write_answers(pair, texts.pop(pair.set_name))
 
 
-def _sampling(config: Config) -> Sampling:
+def _settings(config: Config, source: ModelFolder, model_digest: str) -> WorkerSettings:
+    from pocl_dist.difficulty.worker import WorkerSettings
     from pocl_dist.models.generation import Sampling
 
     options = config.evaluate
-    return Sampling(
+    sampling = Sampling(
         max_new_tokens=config.generation.max_new_tokens,
         do_sample=options.do_sample,
         temperature=options.temperature,
         top_p=options.top_p,
         no_repeat_ngram_size=options.no_repeat_ngram_size,
     )
+    return WorkerSettings(source, model_digest, sampling, config.ray.cpus_per_actor)
 
 
 def _shards(config: Config, pair: Pair, seed: int, encoder: Encoder) -> list[WorkShard]:

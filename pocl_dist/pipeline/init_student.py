@@ -7,7 +7,6 @@ import shutil
 from pocl_dist.config import Config
 from pocl_dist.errors import ConfigError
 from pocl_dist.files import JSONValue, atomic_write_json
-from pocl_dist.models.pruning import write_pruned_student
 from pocl_dist.models.sources import MARKER, model_digest
 from pocl_dist.pipeline.inputs import teacher_source
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
@@ -31,6 +30,8 @@ def init_student(config: Config, run: RunDirectory) -> None:
     if check_made_from(run.init_student / MARKER, made_from):
         print(f"init-student: {run.init_student} is there", flush=True)
         return
+    from pocl_dist.models.pruning import write_pruned_student  # torch: not before it is needed
+
     temporary = run.root / ".tmp-init_student"
     shutil.rmtree(temporary, ignore_errors=True)
     write_pruned_student(teacher, layers, temporary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
@@ -26,6 +27,9 @@ from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source
 from pocl_dist.pipeline.progress import RowProgress, say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.records import DifficultyRecord, EncodedExample
+
+if TYPE_CHECKING:
+    from pocl_dist.difficulty.worker import WorkerSettings
 
 # Above this share of ties a signal says little about the order.
 TIE_WARNING = 0.5
@@ -55,7 +59,8 @@ def measure(config: Config, run: RunDirectory) -> None:
     started = time.monotonic()
     encoded = _encode(config, rows, source)
     if not is_finished:
-        _work_off(config, run, source, _open_batches(config, rows, encoded, done), len(rows.examples))
+        settings = _settings(config, source, str(inputs["models.student model sha256"]))
+        _work_off(config, run, settings, _open_batches(config, rows, encoded, done), len(rows.examples))
     _summarise(run, encoded, time.monotonic() - started)
 
 
@@ -87,18 +92,23 @@ def _open_batches(
     return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
 
 
-def _work_off(
-    config: Config, run: RunDirectory, source: ModelFolder, batches: Sequence[WorkBatch], num_rows: int
-) -> None:
+def _settings(config: Config, source: ModelFolder, model_digest: str) -> WorkerSettings:
     from pocl_dist.difficulty.worker import WorkerSettings
-    from pocl_dist.distributed.ray_session import ray_session
     from pocl_dist.models.generation import Sampling
+
+    sampling = Sampling(config.generation.max_new_tokens)
+    return WorkerSettings(source, model_digest, sampling, config.ray.cpus_per_actor)
+
+
+def _work_off(
+    config: Config, run: RunDirectory, settings: WorkerSettings, batches: Sequence[WorkBatch], num_rows: int
+) -> None:
+    from pocl_dist.distributed.ray_session import ray_session
     from pocl_dist.pipeline.actor_pass import answer_shards, stop_request
 
-    settings = WorkerSettings(source, Sampling(config.generation.max_new_tokens), config.ray.cpus_per_actor)
     shards = {shard.name: shard for shard in make_shards(batches, config.ray.shard_size)}
     num_open = sum(shard.num_rows for shard in shards.values())
-    say(f"measure: {num_open} of {num_rows} rows, in {len(shards)} shards, with {source.origin}")
+    say(f"measure: {num_open} of {num_rows} rows, in {len(shards)} shards, with {settings.model.origin}")
     progress = RowProgress("measure", num_rows, num_rows - num_open)
     with stop_request(run) as stop, ray_session(config.ray):
         for name, result in answer_shards(config, stop, settings, "measure", shards, progress):

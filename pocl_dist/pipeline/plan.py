@@ -12,8 +12,14 @@ from pocl_dist.curriculum.stages import make_stages, order
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import fuse
 from pocl_dist.errors import DataError, MismatchError, MissingInputError, RefusedError
-from pocl_dist.files import JSONValue, atomic_write, atomic_write_json, digest_of, read_json, sha256_file
-from pocl_dist.pipeline.difficulty_files import config_inputs, read_quarantine, read_records, write_records
+from pocl_dist.files import JSONValue, atomic_write_json, digest_of, read_json, sha256_file
+from pocl_dist.pipeline.difficulty_files import (
+    config_inputs,
+    read_quarantine,
+    read_records,
+    write_columns,
+    write_records,
+)
 from pocl_dist.pipeline.inputs import read_train
 from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory
@@ -123,11 +129,7 @@ def _write_plan(path: Path, plan: Plan, inputs: Mapping[str, JSONValue]) -> None
     stages = [stage.to_json() for stage in plan.stages]
     ranking: dict[str, object] = {"ranking": list(plan.ranking)}
     if len(plan.ranking) > MAX_RANKING_IN_JSON:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pa.table({"example_id": list(plan.ranking)})
-        atomic_write(path.with_name(RANKING_FILE), lambda handle: pq.write_table(table, handle))
+        write_columns(path.with_name(RANKING_FILE), {"example_id": ("str", plan.ranking)})
         ranking = {
             "ranking_file": RANKING_FILE,
             "ranking_sha256": sha256_file(path.with_name(RANKING_FILE)),

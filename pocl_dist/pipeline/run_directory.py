@@ -11,9 +11,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocl_dist.config import Config, compare_inputs, dump_config, load_config
-from pocl_dist.errors import BusyError, MismatchError, exit_code_row
-from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text, read_json
+from pocl_dist.config import Config, compare_inputs, dump_config
+from pocl_dist.errors import (
+    BusyError,
+    ConfigError,
+    DataError,
+    MismatchError,
+    MissingInputError,
+    RefusedError,
+    exit_code_row,
+)
+from pocl_dist.files import (
+    MANIFEST_NAME,
+    SEAL_NAME,
+    JSONValue,
+    atomic_write_json,
+    atomic_write_text,
+    read_json,
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +96,6 @@ class RunDirectory:
         """Records the config with all defaults."""
         atomic_write_text(self.root / "config.yaml", dump_config(config))
 
-    def read_config(self) -> Config:
-        """Returns the config the run was last started with."""
-        return load_config([self.root / "config.yaml"])
-
     def write_status(self, state: str, exit_code: int | None, phase: str, reason: str = "") -> None:
         """Writes `status.json`; launchers lose exit codes, so the outcome has to stand in a file."""
         value = {
@@ -131,6 +142,16 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def _holder(path: Path) -> dict[str, JSONValue] | None:
+    """Returns what a lock says; None when it is gone, empty when it is half written or damaged."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
 @contextlib.contextmanager
 def run_lock(root: Path) -> Iterator[None]:
     """Holds `lock` in the run directory; raises BusyError (73) when a live run has it.
@@ -145,10 +166,14 @@ def run_lock(root: Path) -> Iterator[None]:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             break
         except FileExistsError:
-            held = json.loads(path.read_text() or "{}")
-            if held.get("host") != host or _is_alive(int(held.get("pid", 0))):
+            held = _holder(path)
+            if held is None:
+                continue  # released meanwhile
+            pid = held.get("pid")
+            is_dead = held.get("host") == host and isinstance(pid, int) and not _is_alive(pid)
+            if not is_dead:
                 raise BusyError(
-                    f"{root} is in use by process {held.get('pid')} on {held.get('host')} since "
+                    f"{root} is in use by process {pid} on {held.get('host')} since "
                     f"{held.get('since')}; if that run is dead, remove {path}"
                 ) from None
             path.unlink(missing_ok=True)
@@ -159,3 +184,21 @@ def run_lock(root: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def kept_if_refused(root: Path) -> Iterator[None]:
+    """Puts config, times and the sealed manifest back when the command in the context is refused.
+
+    Otherwise a finished run that someone starts again by mistake, with another config or bad rows, would
+    no longer verify, and its config.yaml would not be the one that its results were made with.
+    """
+    paths = [root / name for name in ("config.yaml", "timings.json", MANIFEST_NAME, SEAL_NAME)]
+    before = {path: path.read_text() for path in paths if path.exists()}
+    try:
+        yield
+    except (ConfigError, DataError, MissingInputError, RefusedError, MismatchError):
+        for path, text in before.items():
+            if path.read_text() != text:
+                atomic_write_text(path, text)
+        raise

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from pocl_dist.config import Config
+from pocl_dist.errors import StoppedError
 from pocl_dist.files import write_manifest
 from pocl_dist.pipeline.run_directory import RunDirectory
 
@@ -18,6 +19,9 @@ def run_step(name: str, step: Step, config: Config, run: RunDirectory) -> None:
     started = time.monotonic()
     try:
         step(config, run)
+    except StoppedError:
+        write_manifest(run.root)  # what is saved can be verified before it is resumed
+        raise
     finally:
         if name != "report":
             run.add_seconds(name, time.monotonic() - started)

@@ -1,0 +1,220 @@
+"""What the train loop works with: inputs compared over the ranks, engines built, state resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from pocl_dist.config import Config, select_keys
+from pocl_dist.curriculum.coordinator import Coordinator, Progress
+from pocl_dist.distributed.checkpoint import (
+    WEIGHTS,
+    Checkpoint,
+    agree_on_digest,
+    find_checkpoint,
+    restore_optimizer,
+)
+from pocl_dist.distributed.collectives import barrier
+from pocl_dist.distributed.engine import build_student_engine, num_micro_batches
+from pocl_dist.distributed.process_group import Rank, torch_dtype
+from pocl_dist.files import JSONValue, atomic_write_json, digest_of
+from pocl_dist.models.heads import check_head
+from pocl_dist.models.loading import check_same_tokenizer, load_model, load_tokenizer, tokenizer_digest
+from pocl_dist.models.sources import model_digest
+from pocl_dist.pipeline.export import PREFIX
+from pocl_dist.pipeline.inputs import make_encoder, read_dev, read_train, student_source, teacher_source
+from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
+from pocl_dist.pipeline.student import StudentWithLoss
+from pocl_dist.records import EncodedExample, Example, Plan
+from pocl_dist.run_log import MetricsLog, TrainingDisplay
+from pocl_dist.teacher.online import OnlineTeacher
+from pocl_dist.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedTokenizerBase
+
+    from pocl_dist.models.sources import ModelFolder
+
+# Another value of these would make another run; `engine.world_size`, micro batch, ZeRO stage and
+# offloading only change how it is computed.
+RESULT_KEYS = (
+    "seed",
+    "models",
+    "data.train",
+    "data.limit",
+    "data.dev",
+    "data.dev_limit",
+    "data.template",
+    "data.max_tokens",
+    "data.max_prompt_tokens",
+    "curriculum",
+    "dev",
+    "loss.name",
+    "loss.kwargs",
+    "loss.temperature_scaling",
+    "optimizer",
+    "policy",
+    "teacher.source",
+    "engine.global_batch_size",
+    "engine.dtype",
+    "export",
+)
+
+
+@dataclass
+class Training:
+    """What the loop works with; built once by `prepare_training`."""
+
+    config: Config
+    run: RunDirectory
+    rank: Rank
+    plan: Plan
+    encoded: dict[str, EncodedExample]
+    dev_rows: list[tuple[Example, EncodedExample]]
+    student: ModelFolder
+    tokenizer: PreTrainedTokenizerBase
+    teacher: OnlineTeacher | None
+    engine: DeepSpeedEngine
+    coordinator: Coordinator
+    log: MetricsLog | None  # rank 0 writes, the others do not
+    display: TrainingDisplay
+
+    @property
+    def module(self) -> StudentWithLoss:
+        """Returns the trained module."""
+        return cast("StudentWithLoss", self.engine.module)
+
+    def record(self, row: dict[str, object]) -> None:
+        """Writes a line of `metrics.jsonl` and sends it to the trackers, on rank 0."""
+        if self.log is None:
+            return
+        self.log.write(row)
+        for tracker in self.trackers:
+            numbers = {key: float(v) for key, v in row.items() if isinstance(v, int | float) and key != "step"}
+            tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers)
+
+    def __post_init__(self) -> None:
+        folder, step = self.run.root, self.coordinator.progress.step
+        self.trackers = open_trackers(self.config.log.tensorboard, folder, step) if self.rank.is_main else []
+
+    def close(self) -> None:
+        """Closes the log and the trackers."""
+        if self.log is not None:
+            self.log.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+
+def _encode_all(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: Config, what: str, rank: Rank
+) -> dict[str, EncodedExample]:
+    encoder = make_encoder(config, tokenizer)
+    encoded = {example.example_id: encoder.encode(example) for example in examples}
+    num_prompts = sum(item.is_prompt_cut for item in encoded.values())
+    num_responses = sum(item.is_response_cut for item in encoded.values())
+    if rank.is_main and num_prompts + num_responses:
+        print(f"{what}: {num_prompts} prompts and {num_responses} responses cut, of {len(encoded)} rows", flush=True)
+    return encoded
+
+
+def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
+    """Loads all that the loop needs, resumed from the newest good checkpoint if there is one. Collective."""
+    num_micro_batches(config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size)
+    dtype = torch_dtype(config.engine.dtype, rank.device)
+    plan = read_plan(run.plan)
+    rows, dev = read_train(config), read_dev(config)
+    student, teacher_folder = student_source(config, run), teacher_source(config)
+    tokenizer = load_tokenizer(student)
+    if teacher_folder is not None:
+        check_same_tokenizer(load_tokenizer(teacher_folder), tokenizer)
+    inputs = _inputs(config, plan, rows.digest, student, teacher_folder, tokenizer)
+    agree_on_digest(digest_of(inputs), rank, "config, data, model or plan")
+    record = run.checkpoints / "inputs.json"
+    if not check_made_from(record, inputs) and rank.is_main:
+        atomic_write_json(record, inputs)
+    barrier(rank)
+
+    checkpoint = find_checkpoint(run.checkpoints, rank)
+    coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
+    if checkpoint is not None:
+        coordinator.progress = Progress(**checkpoint.state)  # type: ignore[arg-type]
+    engine = _student_engine(config, rank, student, tokenizer, checkpoint)
+    teacher = None
+    if teacher_folder is not None:
+        teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
+    dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
+    display = TrainingDisplay(sum(stage.num_steps for stage in plan.stages), config.log.every)
+    if checkpoint is not None and rank.is_main:
+        print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
+    if rank.is_main:
+        print(
+            f"distill: {rank.world_size} rank(s) on {rank.device.type}, ZeRO stage {config.engine.zero_stage}, {dtype}, "
+            f"{num_micro_batches(config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size)} "
+            f"micro-batch(es) of at most {config.engine.micro_batch_size} rows per rank and step",
+            flush=True,
+        )
+    return Training(
+        config=config,
+        run=run,
+        rank=rank,
+        plan=plan,
+        encoded=_encode_all(rows.examples, tokenizer, config, "train", rank),
+        dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples] if dev else [],
+        student=student,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        engine=engine,
+        coordinator=coordinator,
+        log=MetricsLog(run.metrics, coordinator.progress.step) if rank.is_main else None,
+        display=display,
+    )
+
+
+def _inputs(
+    config: Config,
+    plan: Plan,
+    data_digest: str,
+    student: ModelFolder,
+    teacher: ModelFolder | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, JSONValue]:
+    stages = [stage.to_json() for stage in plan.stages]
+    return {
+        **select_keys(config, RESULT_KEYS),
+        "digest.data": data_digest,
+        "digest.plan": digest_of(cast("JSONValue", [list(plan.ranking), stages])),
+        "digest.student": model_digest(student),
+        "digest.teacher": None if teacher is None else model_digest(teacher),
+        "digest.tokenizer": tokenizer_digest(tokenizer),
+    }
+
+
+def _student_engine(
+    config: Config,
+    rank: Rank,
+    student: ModelFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint | None,
+) -> DeepSpeedEngine:
+    model = load_model(student, torch.float32)
+    if checkpoint is None:
+        check_head(model, len(tokenizer))
+    else:
+        targets = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in checkpoint.tensors(WEIGHTS):
+                targets[name.removeprefix(PREFIX)].copy_(value)
+    if config.engine.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = StudentWithLoss(model, config.loss, len(tokenizer))
+    module.to(torch_dtype(config.engine.dtype, rank.device))
+    engine = build_student_engine(module, config, rank)
+    if checkpoint is not None:
+        restore_optimizer(engine, checkpoint)
+    return engine
