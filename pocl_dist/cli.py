@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist import __version__
-from pocl_dist.errors import EXIT_CODES, MissingInputError, MismatchError, PoclError, StoppedError
+from pocl_dist.errors import EXIT_CODES, MismatchError, MissingInputError, PoclError, StoppedError
 from pocl_dist.files import explain_storage_error
 
 if TYPE_CHECKING:

@@ -178,17 +178,21 @@ def verify_manifest(folder: Path) -> list[str]:
         return [f"{folder}: {MANIFEST_NAME} or {SEAL_NAME} is missing"]
     if seal_path.read_text(encoding="utf-8", errors="replace").split()[:1] != [sha256_file(manifest_path)]:
         return [f"{MANIFEST_NAME}: does not match {SEAL_NAME}"]
-    listed = cast("list[dict[str, object]]", read_json(manifest_path)["files"])
+    try:
+        rows = cast("list[dict[str, object]]", read_json(manifest_path)["files"])
+        listed = {str(row["path"]): (row["bytes"], row["sha256"]) for row in rows}
+    except (KeyError, TypeError, ValueError):
+        return [f"{MANIFEST_NAME}: is no manifest"]
     findings = []
-    for row in listed:
-        path = folder / str(row["path"])
+    for name, (num_bytes, sha256) in listed.items():
+        path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
-            findings.append(f"{row['path']!r}: leaves {folder}; it was not looked at")
+            findings.append(f"{name!r}: leaves {folder}; it was not looked at")
         elif not path.is_file():
-            findings.append(f"{row['path']}: missing")
-        elif path.stat().st_size != row["bytes"]:
-            findings.append(f"{row['path']}: {path.stat().st_size} bytes, expected {row['bytes']}")
-        elif sha256_file(path) != row["sha256"]:
-            findings.append(f"{row['path']}: content changed (sha256 differs)")
-    unlisted = set(list_files(folder)) - {str(row["path"]) for row in listed}
+            findings.append(f"{name}: missing")
+        elif path.stat().st_size != num_bytes:
+            findings.append(f"{name}: {path.stat().st_size} bytes, expected {num_bytes}")
+        elif sha256_file(path) != sha256:
+            findings.append(f"{name}: content changed (sha256 differs)")
+    unlisted = set(list_files(folder)) - set(listed)
     return findings + [f"{name}: not listed in {MANIFEST_NAME}" for name in sorted(unlisted)]

@@ -55,8 +55,8 @@ STUDENT = Recipe(
     hidden_size=96,
     num_layers=2,
     intermediate_size=384,
-    num_rows=1500,
-    num_steps=350,
+    num_rows=4000,
+    num_steps=380,
     batch_size=32,
     learning_rate=3e-3,
 )

@@ -17,6 +17,7 @@ from pocl_dist.bundled.tasks import Exercise
 
 IGNORE_INDEX = -100
 MAX_NEW_TOKENS = 24
+ANSWER_BATCH_SIZE = 100
 
 # Token ids of a prompt, and of its output with the end token.
 EncodedRow = tuple[list[int], list[int]]
@@ -141,14 +142,18 @@ def answers(
     model.eval()
     texts: dict[int, str] = {}
     prompts = [prompt for prompt, _ in encode(tokenizer, exercises)]
-    by_length: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(index)
-    for length, indices in by_length.items():  # one length a batch: no padding is needed
-        input_ids_BT = torch.tensor([prompts[index] for index in indices])
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), ANSWER_BATCH_SIZE):
+        indices = order[start : start + ANSWER_BATCH_SIZE]
+        length = len(prompts[indices[-1]])
+        input_ids_BT = torch.full((len(indices), length), tokenizer.pad_token_id)
+        attention_mask_BT = torch.zeros_like(input_ids_BT)
+        for row, index in enumerate(indices):  # padded on the left: all answers start together
+            input_ids_BT[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
+            attention_mask_BT[row, length - len(prompts[index]) :] = 1
         tokens_BT = model.generate(  # type: ignore[misc, unused-ignore]
             input_ids_BT,
-            attention_mask=torch.ones_like(input_ids_BT),
+            attention_mask=attention_mask_BT,
             do_sample=False,
             max_new_tokens=MAX_NEW_TOKENS,
         )

@@ -65,7 +65,7 @@ def parse_line(line: bytes) -> dict[str, object]:
     if len(line) > MAX_ROW_BYTES:
         raise _BadRowError(f"longer than {MAX_ROW_BYTES} bytes")
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_refuse_repeated_keys)
+        row = json.loads(line.rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_refuse_repeated_keys)
     except UnicodeDecodeError as error:
         raise _BadRowError(f"not UTF-8 at byte {error.start} of the row") from error
     except json.JSONDecodeError as error:

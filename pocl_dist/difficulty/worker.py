@@ -61,7 +61,7 @@ class ModelWorker:
         return str(device)
 
     def _check_model(self) -> None:
-        """Raises MismatchError (78) when the folder is not what the driver saw: another node, a new training."""
+        """Raises MismatchError (78) when the folder is not what the driver saw: another node, new weights."""
         source = self.settings.model
         if model_digest(source) != self.settings.model_digest:
             raise MismatchError(

@@ -19,7 +19,7 @@ class RowProgress:
         self._title = title
         self._total = total
         self._num_done = num_done
-        self._num_before = num_done
+        self._num_before: int | None = None
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -50,13 +50,19 @@ class RowProgress:
         """Counts finished rows and shows them."""
         self._num_done += num_rows
         now = time.monotonic()
-        rows_per_second = (self._num_done - self._num_before) / max(now - self._started, 1e-9)
+        if self._num_before is None:  # the clock starts here: until now the models were loaded
+            self._num_before, self._started = self._num_done, now
+        num_timed = self._num_done - self._num_before
+        rows_per_second = num_timed / max(now - self._started, 1e-9)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._num_done, speed=f"{rows_per_second:.1f} rows/s")
+            speed = f"{rows_per_second:.1f} rows/s" if num_timed else ""
+            self._bar.update(self._task, completed=self._num_done, speed=speed)
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or self._num_done == self._total:
-            left = (self._total - self._num_done) / rows_per_second
-            done = f"{self._num_done}/{self._total} rows"
-            print(f"{self._title}: {done}, {rows_per_second:.1f} rows/s, ETA {left:.0f} s", flush=True)
+            line = f"{self._title}: {self._num_done}/{self._total} rows"
+            if num_timed:
+                left = (self._total - self._num_done) / rows_per_second
+                line += f", {rows_per_second:.1f} rows/s, ETA {left:.0f} s"
+            print(line, flush=True)
             self._last_line = now
 
     def note(self, text: str) -> None:

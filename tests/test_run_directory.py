@@ -1,0 +1,139 @@
+"""The run directory: its lock, its status, and the records of what results were made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pocl_dist.errors import EXIT_CODES, BusyError, DataError, MismatchError, StorageError
+from pocl_dist.files import atomic_write_json, atomic_write_text, verify_manifest, write_manifest
+from pocl_dist.pipeline.run_directory import (
+    RunDirectory,
+    check_made_from,
+    kept_if_refused,
+    run_lock,
+)
+
+
+def test_the_lock_names_its_holder_and_is_gone_afterwards(tmp_path: Path) -> None:
+    root = tmp_path / "new" / "run"
+    with run_lock(root):
+        held = json.loads((root / "lock").read_text())
+        assert (held["host"], held["pid"]) == (socket.gethostname(), os.getpid())
+    assert not (root / "lock").exists()
+    with pytest.raises(StorageError), run_lock(root):
+        raise StorageError("disk full")
+    assert not (root / "lock").exists()
+
+
+def test_a_second_run_is_refused_with_the_holder_and_does_not_take_the_lock(tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        with pytest.raises(BusyError, match=f"in use by process {os.getpid()}"), run_lock(tmp_path):
+            pytest.fail("two runs hold the lock")
+        assert (tmp_path / "lock").exists()
+
+
+def _lock_of(root: Path, **holder: object) -> None:
+    root.mkdir(exist_ok=True)
+    (root / "lock").write_text(json.dumps(holder))
+
+
+def test_the_lock_of_a_dead_process_of_this_host_is_taken_over(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    _lock_of(tmp_path, host=socket.gethostname(), pid=ended.pid, since="long ago")
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"host": "elsewhere", "pid": 1, "since": "today"}', "", "{", '{"pid": "x"}', "[]"],
+)
+def test_a_lock_that_cannot_be_judged_from_here_is_kept(tmp_path: Path, content: str) -> None:
+    (tmp_path / "lock").write_text(content)
+    with pytest.raises(BusyError, match=r"if that run is dead, remove .*lock"), run_lock(tmp_path):
+        pytest.fail("the lock was taken")
+    assert (tmp_path / "lock").read_text() == content
+
+
+def test_two_processes_that_start_at_once_do_not_both_get_the_lock(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from pocl_dist.errors import BusyError\nfrom pocl_dist.pipeline.run_directory import run_lock\n"
+        "try:\n    with run_lock(Path(sys.argv[1])):\n        print('held', flush=True)\n"
+        "        sys.stdin.read()\nexcept BusyError:\n    print('busy', flush=True)\n"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    said = sorted(str(process.stdout.readline()).strip() for process in both if process.stdout)
+    for process in both:
+        process.communicate("")
+    assert said == ["busy", "held"]
+
+
+@pytest.mark.parametrize("row", EXIT_CODES, ids=lambda row: row.name)
+def test_the_status_says_whether_to_submit_the_job_again(tmp_path: Path, row) -> None:  # type: ignore[no-untyped-def]
+    run = RunDirectory(tmp_path)
+    run.write_status("failed", row.code, "plan", "because")
+    status = json.loads(run.status.read_text())
+    assert status["retryable"] == row.is_retryable == (row.code in (69, 71, 75))
+    assert (status["exit_code"], status["phase"], status["reason"]) == (row.code, "plan", "because")
+
+
+def test_the_seconds_of_a_step_add_up_over_attempts(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for step, seconds in (("measure", 1.5), ("distill", 4.0), ("measure", 2.0)):
+        run.add_seconds(step, seconds)
+    assert json.loads(run.timings.read_text()) == {"measure": 3.5, "distill": 4.0}
+
+
+def test_a_record_of_other_inputs_is_a_mismatch_that_names_every_key(tmp_path: Path) -> None:
+    path = tmp_path / "inputs.json"
+    assert not check_made_from(path, {"seed": 1})
+    atomic_write_json(path, {"seed": 1, "loss.name": "forward_kl", "gone": 3})
+    assert check_made_from(path, {"seed": 1, "loss.name": "forward_kl", "gone": 3})
+    with pytest.raises(MismatchError) as caught:
+        check_made_from(path, {"seed": 2, "loss.name": "forward_kl", "new": None})
+    lines = str(caught.value).splitlines()
+    assert [line.strip().partition(":")[0] for line in lines[1:-1]] == ["gone", "seed"]
+    assert "seed: it was made with 1, now 2" in str(caught.value)
+    path.write_text("{")
+    with pytest.raises(MismatchError, match=r"inputs\.json is not readable JSON"):
+        check_made_from(path, {})
+
+
+def _finished_run(root: Path) -> None:
+    for name in ("config.yaml", "timings.json", "plan.json"):
+        atomic_write_text(root / name, f"{name} of the run")
+    write_manifest(root)
+
+
+def test_a_refused_command_leaves_a_finished_run_sealed(tmp_path: Path) -> None:
+    _finished_run(tmp_path)
+    for error in (MismatchError("other inputs"), DataError("bad row")):
+        with pytest.raises(type(error)), kept_if_refused(tmp_path):
+            atomic_write_text(tmp_path / "config.yaml", "another")
+            write_manifest(tmp_path)
+            atomic_write_text(tmp_path / "timings.json", "longer")
+            raise error
+        assert verify_manifest(tmp_path) == []
+        assert (tmp_path / "config.yaml").read_text() == "config.yaml of the run"
+
+
+def test_a_command_that_worked_or_was_interrupted_keeps_what_it_wrote(tmp_path: Path) -> None:
+    _finished_run(tmp_path)
+    with kept_if_refused(tmp_path):
+        atomic_write_text(tmp_path / "config.yaml", "second")
+    with pytest.raises(KeyboardInterrupt), kept_if_refused(tmp_path):
+        atomic_write_text(tmp_path / "timings.json", "longer")
+        raise KeyboardInterrupt
+    assert (tmp_path / "config.yaml").read_text() == "second"
+    assert (tmp_path / "timings.json").read_text() == "longer"

@@ -1,0 +1,124 @@
+"""Order of examples: a function of seed, stage and epoch, the same however many ranks share it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+
+from pocl_dist.data.sampler import StageSampler, micro_batches_of_rank, num_steps, num_visits
+from pocl_dist.distributed.engine import num_micro_batches
+
+# (examples, epochs, global batch): whole and fractional epochs, a stage below a batch, one row.
+STAGES = [(24, 2.0, 8), (25, 1.0, 8), (10, 2.5, 4), (7, 1 / 3, 4), (5, 3.0, 16), (1, 4.0, 8)]
+
+
+def sampler_of(num_examples: int, epochs: float, batch: int, **changes: int) -> StageSampler:
+    return StageSampler(
+        changes.get("seed", 42), changes.get("stage", 0), num_examples, epochs, batch
+    )
+
+
+def all_batches(sampler: StageSampler) -> list[list[int]]:
+    return [sampler.batch(step) for step in range(sampler.num_steps)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_epoch_visits_every_example_once_and_a_part_of_one_at_most_once(
+    stage: tuple[int, float, int],
+) -> None:
+    num_examples, epochs, _ = stage
+    visits = [position for batch in all_batches(sampler_of(*stage)) for position in batch]
+    assert (
+        len(visits) == num_visits(num_examples, epochs) == math.ceil(num_examples * epochs - 1e-9)
+    )
+    for start in range(0, len(visits), num_examples):
+        epoch = visits[start : start + num_examples]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(num_examples))
+    counts = Counter(visits)
+    assert max(counts.values()) - min(counts.get(n, 0) for n in range(num_examples)) <= 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_all_batches_are_full_but_the_last(stage: tuple[int, float, int]) -> None:
+    num_examples, epochs, size = stage
+    sizes = [len(batch) for batch in all_batches(sampler_of(*stage))]
+    assert len(sizes) == num_steps(*stage) == math.ceil(num_visits(num_examples, epochs) / size)
+    assert all(found == size for found in sizes[:-1])
+    assert 1 <= sizes[-1] <= size
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "epochs", "batch", "wanted"),
+    [
+        (100, 8, 64, 13),
+        (64, 1, 64, 1),
+        (65, 1, 64, 2),
+        (3, 0.1, 8, 1),
+        (30, 0.1, 1, 3),
+        (3, 7 / 3, 1, 7),
+    ],
+)
+def test_the_number_of_steps_is_that_of_the_formula(
+    num_examples: int, epochs: float, batch: int, wanted: int
+) -> None:
+    assert num_steps(num_examples, epochs, batch) == wanted
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_shares_of_all_ranks_laid_end_to_end_are_the_batch_of_one_rank(
+    stage: tuple[int, float, int], world_size: int
+) -> None:
+    size = (
+        math.ceil(stage[2] / world_size) * world_size
+    )  # a whole multiple of the ranks, as required
+    sampler = sampler_of(stage[0], stage[1], size)
+    for micro in (1, 3):
+        count = num_micro_batches(size, world_size, micro)
+        for batch in all_batches(sampler):
+            shares = [
+                micro_batches_of_rank(batch, rank, world_size, micro, count)
+                for rank in range(world_size)
+            ]
+            assert {len(parts) for parts in shares} == {count}
+            assert all(len(part) <= micro for parts in shares for part in parts)
+            lengths = [sum(map(len, parts)) for parts in shares]
+            assert max(lengths) - min(lengths) <= 1
+            assert [position for parts in shares for part in parts for position in part] == batch
+
+
+def test_a_step_can_be_asked_for_alone_and_twice() -> None:
+    sampler = sampler_of(23, 3.0, 8)
+    forward = all_batches(sampler)
+    backward = [sampler.batch(step) for step in reversed(range(sampler.num_steps))]
+    assert backward[::-1] == forward
+    assert sampler_of(23, 3.0, 8).batch(5) == forward[5]
+
+
+def test_the_order_differs_between_seeds_stages_and_epochs() -> None:
+    orders = {
+        tuple(sampler_of(50, 1.0, 50, seed=seed, stage=stage).batch(0))
+        for seed in range(3)
+        for stage in range(3)
+    }
+    assert len(orders) == 9
+    two_epochs = sampler_of(50, 2.0, 50)
+    assert two_epochs.batch(0) != two_epochs.batch(1)
+    assert two_epochs.batch(0) != list(range(50))
+
+
+def test_a_longer_stage_begins_like_the_shorter_one() -> None:
+    assert all_batches(sampler_of(20, 3.0, 4))[:5] == all_batches(sampler_of(20, 1.0, 4))
+
+
+def test_the_epoch_of_a_step_is_that_of_its_first_example() -> None:
+    sampler = sampler_of(10, 3.0, 4)
+    assert [sampler.epoch_of(step) for step in range(sampler.num_steps)] == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_the_order_does_not_change_between_versions() -> None:
+    # A resumed run relies on it. PCG64 and SeedSequence are stable by NumPy's policy.
+    assert sampler_of(10, 1.0, 10).batch(0) == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]
