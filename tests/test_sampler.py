@@ -14,10 +14,10 @@ from pocl_dist.distributed.engine import num_micro_batches
 STAGES = [(24, 2.0, 8), (25, 1.0, 8), (10, 2.5, 4), (7, 1 / 3, 4), (5, 3.0, 16), (1, 4.0, 8)]
 
 
-def sampler_of(num_examples: int, epochs: float, batch: int, **changes: int) -> StageSampler:
-    return StageSampler(
-        changes.get("seed", 42), changes.get("stage", 0), num_examples, epochs, batch
-    )
+def sampler_of(
+    num_examples: int, epochs: float, batch: int, *, seed: int = 42, stage: int = 0
+) -> StageSampler:
+    return StageSampler(seed, stage, num_examples, epochs, batch)
 
 
 def all_batches(sampler: StageSampler) -> list[list[int]]:

@@ -45,7 +45,10 @@ def run(unpacked: Path, folder: Path, *words: str) -> str:
     """Returns what `python -m pocl_dist` of the wheel prints in `folder`."""
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     line = [sys.executable, *words]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    pipe = subprocess.PIPE
+    done = subprocess.run(
+        line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

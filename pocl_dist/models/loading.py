@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from pocl_dist.errors import MismatchError, MissingInputError, RefusedError
@@ -29,6 +29,17 @@ def load_tokenizer(source: ModelFolder) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise MissingInputError(f"{source.origin}: no usable tokenizer in {source.folder}: {error}") from error
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def num_layers(source: ModelFolder) -> int:
+    """Returns the layers that a model's config promises; no weights are read."""
+    try:
+        config = AutoConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise MissingInputError(f"{source.origin}: no usable model in {source.folder}: {error}") from error
+    return int(config.num_hidden_layers)
 
 
 def load_model(source: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:

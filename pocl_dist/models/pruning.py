@@ -27,13 +27,19 @@ def _layer_list_name(model: PreTrainedModel) -> str:
     )
 
 
+def check_layers(num_layers: int, layers: Sequence[int]) -> None:
+    """Raises ConfigError (64) for a layer that a teacher of `num_layers` layers does not have."""
+    if max(layers) >= num_layers:
+        raise ConfigError(
+            f"models.student.init_layers: {max(layers)} is not allowed: "
+            f"the teacher has layers 0..{num_layers - 1}"
+        )
+
+
 def prune_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """Returns a new model with the teacher's layers `layers`, embeddings, final norm and head."""
     num_layers = int(teacher.config.num_hidden_layers)
-    if max(layers) >= num_layers:
-        raise ConfigError(
-            f"models.student.init_layers: {max(layers)} is not allowed: the teacher has layers 0..{num_layers - 1}"
-        )
+    check_layers(num_layers, layers)
     name = _layer_list_name(teacher)
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = len(layers)

@@ -18,12 +18,14 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     if num_bad:
         print(f"WARNING: {num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}", flush=True)
     teacher = teacher_source(config)
-    from pocl_dist.models.loading import check_same_tokenizer, load_tokenizer
+    from pocl_dist.models.loading import check_same_tokenizer, load_tokenizer, num_layers
+    from pocl_dist.models.pruning import check_layers
     from pocl_dist.models.sources import find_model
 
     given = config.models.student
     if given.path is None:
         assert teacher is not None, "checked with the config"
+        check_layers(num_layers(teacher), given.init_layers or [])
         encoder_tokenizer = load_tokenizer(teacher)
     else:
         student = find_model(given.path, "models.student.path", given.revision, given.trust_remote_code)
