@@ -1,4 +1,4 @@
-"""Packaging: the package, plus configs/ and launch/ as package data, so that a wheel works alone."""
+"""Packaging: the package, plus configs/ and launch/ as package data, so a wheel works alone."""
 
 from pathlib import Path
 
@@ -14,12 +14,17 @@ VERSION = next(
 setup(
     name="pocl_dist",
     version=VERSION,
-    description="Distil a large language model into a small one on a cluster, with the POCL curriculum",
+    description="Distil a large language model into a small one on a cluster, "
+    "with the POCL curriculum",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["pocl_dist", "pocl_dist.*"]), "pocl_dist.configs", "pocl_dist.launch"],
+    packages=[
+        *find_packages(include=["pocl_dist", "pocl_dist.*"]),
+        "pocl_dist.configs",
+        "pocl_dist.launch",
+    ],
     package_dir={"pocl_dist.configs": "configs", "pocl_dist.launch": "launch"},
     package_data={
         "pocl_dist": ["py.typed"],

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 CONFIG_COMMANDS = {
     "run": "all steps that the config needs; trains one student",
-    "init-student": "make the student by cutting layers from the teacher (models.student.init_layers)",
+    "init-student": "make the student by cutting layers from the teacher "
+    "(models.student.init_layers)",
     "measure": "score every training row with the student before training (Ray)",
     "plan": "rank the rows, cut the stages, set temperature and KD ratio",
     "distill": "train the student as planned (DeepSpeed) and export it",
@@ -46,23 +47,33 @@ STEP_FUNCTIONS = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pocl-dist", description="Distil a language model with the POCL curriculum (arXiv 2506.05695)."
+        prog="pocl-dist",
+        description="Distil a language model with the POCL curriculum (arXiv 2506.05695).",
     )
     parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in CONFIG_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
-            "config", nargs="+", metavar="CONFIG.yaml | section.key=value", help="files are layered left to right"
+            "config",
+            nargs="+",
+            metavar="CONFIG.yaml | section.key=value",
+            help="files are layered left to right",
         )
-    verify = commands.add_parser("verify", help="re-check every file of a run directory against its manifest")
+    verify = commands.add_parser(
+        "verify", help="re-check every file of a run directory against its manifest"
+    )
     verify.add_argument("run_dir", type=Path)
     outcome = commands.add_parser("outcome", help="print status.json and exit with the run's code")
     outcome.add_argument("run_dir", type=Path)
     commands.add_parser("exit-codes", help="print the table of exit codes")
     score = commands.add_parser("score", help="ROUGE-L and exact match of given answers")
-    score.add_argument("--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}')
-    score.add_argument("--references", type=Path, required=True, help="rows with the reference answers")
+    score.add_argument(
+        "--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}'
+    )
+    score.add_argument(
+        "--references", type=Path, required=True, help="rows with the reference answers"
+    )
     return parser
 
 
@@ -70,7 +81,9 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
     """Returns the function of a config command; `is_rank`: a launcher started this process."""
     name = "distill-rank" if is_rank and command == "distill" else command
     module, function = STEP_FUNCTIONS[name]
-    step: Callable[[Config, RunDirectory], object] = getattr(import_module(f"pocl_dist.pipeline.{module}"), function)
+    step: Callable[[Config, RunDirectory], object] = getattr(
+        import_module(f"pocl_dist.pipeline.{module}"), function
+    )
     return step
 
 
@@ -84,8 +97,8 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     run = RunDirectory(Path(config.run_dir))
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     step = _step_of(command, is_rank)
-    # Ranks that `run` or `distill` started work under the lock, config and manifest of that process;
-    # those of another launcher (torchrun, Slurm) have rank 0 for it.
+    # Ranks that `run` or `distill` started work under the lock, config and manifest of that
+    # process; those of another launcher (torchrun, Slurm) have rank 0 for it.
     is_child = is_rank and os.environ.get("POCL_DIST_PARENT") == str(run.root.resolve())
     is_owner = not is_child and (not is_rank or os.environ["RANK"] == "0")
     with contextlib.ExitStack() as stack:
@@ -108,11 +121,13 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
 
 
 def _record_failure(run: RunDirectory, command: str, error: BaseException, is_rank: bool) -> None:
-    """Writes how the run ended; among ranks the first report stands, the others only lost a peer."""
+    """Writes how the run ended; among ranks the first report stands, others only lost a peer."""
     code, reason = describe(error)
     if is_rank and run.status.exists() and json.loads(run.status.read_text())["state"] != "running":
         return
-    run.write_status("stopped" if isinstance(error, StoppedError) else "failed", code, command, reason)
+    run.write_status(
+        "stopped" if isinstance(error, StoppedError) else "failed", code, command, reason
+    )
 
 
 def describe(error: BaseException) -> tuple[int, str]:
@@ -149,7 +164,10 @@ def _outcome(run_dir: Path) -> int:
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "exit-codes":
         for row in EXIT_CODES:
-            print(f"{row.code:3d}  {row.name:12s} {'retry' if row.is_retryable else '     '}  {row.meaning}")
+            print(
+                f"{row.code:3d}  {row.name:12s} {'retry' if row.is_retryable else '     '}  "
+                f"{row.meaning}"
+            )
     elif arguments.command == "verify":
         _verify(arguments.run_dir)
     elif arguments.command == "outcome":

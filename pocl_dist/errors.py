@@ -33,7 +33,9 @@ EXIT_CODES: tuple[ExitCode, ...] = (
     ExitCode(75, "stopped", "stopped on request and saved: submit it again", True),
     ExitCode(76, "diverged", "the loss or the gradient is not finite"),
     ExitCode(77, "refused", "refused for security"),
-    ExitCode(78, "mismatch", "tokenizers, or what is resumed and its inputs, do not belong together"),
+    ExitCode(
+        78, "mismatch", "tokenizers, or what is resumed and its inputs, do not belong together"
+    ),
 )
 _BY_CODE = {row.code: row for row in EXIT_CODES}
 

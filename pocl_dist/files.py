@@ -1,8 +1,8 @@
 """Files written whole or not at all, hashed, and listed in a manifest.
 
-Every writer of the project goes through `atomic_write_*`: a temporary name in the same folder, fsync
-of the file, one rename, fsync of the folder. An OSError always carries the path; `explain_storage_error`
-makes one line of it.
+Every writer of the project goes through `atomic_write_*`: a temporary name in the same folder,
+fsync of the file, one rename, fsync of the folder. An OSError always carries the path;
+`explain_storage_error` makes one line of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 
 
 def package_file(reference: str) -> Path:
-    """Returns the path of `package:IMPORT_NAME/FILE`, a file or folder that an installed package ships.
+    """Returns the path of `package:IMPORT_NAME/FILE`, a file or folder of an installed package.
 
     Raises FileNotFoundError with the reason; a path that leaves the package counts as not there.
     """
@@ -69,7 +69,7 @@ def free_bytes(path: Path) -> int:
 
 
 def explain_storage_error(error: OSError) -> str | None:
-    """Returns one line about a full, read-only or failing disk; None when the error is another one."""
+    """Returns one line about a full, read-only or failing disk; None for another error."""
     path = Path(str(error.filename or "."))
     if error.errno in _FULL_DISK:
         return f"disk full while writing {path}: {free_bytes(path.parent)} bytes free"
@@ -88,7 +88,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Creates or replaces `path` with what `write(handle)` writes; a reader never sees half of it."""
+    """Creates or replaces `path` with what `write(handle)` writes; readers never see half of it."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def read_json_lines(path: Path) -> list[dict[str, JSONValue]]:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Returns the sealed files under `folder`, relative, sorted; temporary and live files left out."""
+    """Returns the sealed files under `folder`, relative, sorted; not temporary or live ones."""
     found = []
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
@@ -150,9 +150,10 @@ def list_files(folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists every file of a run directory with size and sha256, and seals the list with its own hash.
+    """Lists every file of a run directory with size and sha256, and seals the list with its hash.
 
-    A file whose size and mtime are those of the last manifest keeps its hash: checkpoints are large.
+    A file whose size and mtime are those of the last manifest keeps its
+    hash: checkpoints are large.
     """
     known: dict[str, dict[str, JSONValue]] = {}
     if (folder / MANIFEST_NAME).exists():
@@ -172,11 +173,13 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path) -> list[str]:
-    """Returns one line for each file that is missing, changed or unlisted; empty when all is well."""
+    """Returns one line per file that is missing, changed or unlisted; empty when all is well."""
     manifest_path, seal_path = folder / MANIFEST_NAME, folder / SEAL_NAME
     if not manifest_path.exists() or not seal_path.exists():
         return [f"{folder}: {MANIFEST_NAME} or {SEAL_NAME} is missing"]
-    if seal_path.read_text(encoding="utf-8", errors="replace").split()[:1] != [sha256_file(manifest_path)]:
+    if seal_path.read_text(encoding="utf-8", errors="replace").split()[:1] != [
+        sha256_file(manifest_path)
+    ]:
         return [f"{MANIFEST_NAME}: does not match {SEAL_NAME}"]
     try:
         rows = cast("list[dict[str, object]]", read_json(manifest_path)["files"])

@@ -1,8 +1,8 @@
 """ROUGE-L and exact match, computed as the published evaluation of this benchmark family does.
 
-ROUGE-L: `rouge_score` with Porter stemming, F1, the best over the references. Exact match: equal after
-lower-casing, without punctuation and with single spaces (MiniLLM, DistiLLM). An item scores 0..1; a
-summary is in percent, unrounded. An empty answer scores 0 in both.
+ROUGE-L: `rouge_score` with Porter stemming, F1, the best over the references. Exact match: equal
+after lower-casing, without punctuation and with single spaces (MiniLLM, DistiLLM). An item scores
+0..1; a summary is in percent, unrounded. An empty answer scores 0 in both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def _scorer() -> RougeScorer:
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """Returns the ROUGE-L F1 of an answer, 0..1, best over its references."""
-    return max(float(_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
+    return max(
+        float(_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references
+    )
 
 
 def normalise_answer(text: str) -> str:

@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class JSONRecord:
-    """A frozen record with a JSON form; a missing or additional field is an error when read back."""
+    """A frozen record with a JSON form; a missing or extra field is an error when read back."""
 
     def to_json(self) -> dict[str, object]:
         """Returns the fields as a JSON-ready dictionary."""
@@ -25,13 +25,15 @@ class JSONRecord:
         names = {field.name for field in fields(cls)}
         if set(value) != names:
             raise ValueError(f"{cls.__name__}: fields {sorted(value)} are not {sorted(names)}")
-        kept = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+        kept = {
+            name: tuple(item) if isinstance(item, list) else item for name, item in value.items()
+        }
         return cls(**kept)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Example(JSONRecord):
-    """One row: what is asked and the answers that count. Training uses the first of `references`."""
+    """One row: the prompt and the answers that count. Training uses the first of `references`."""
 
     example_id: str
     prompt: str  # the instruction, or the last user message
@@ -130,7 +132,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class LMHead:
-    """The map from final hidden states to logits: `softcap(logit_scale * (h @ weight_VH.T + bias_V))`.
+    """Maps final hidden states to logits: `softcap(logit_scale * (h @ weight_VH.T + bias_V))`.
 
     Rows of `weight_VH` from `num_real_tokens` on are padding of the embedding and never part of the
     softmax (151936 vs 152064 rows for one tokenizer); None means that all rows are real.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MetricsLog:
-    """Appends JSON lines to `metrics.jsonl`; a resumed run first drops the lines it will write again."""
+    """Appends JSON lines to `metrics.jsonl`; a resumed run first drops those it writes again."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [row for row in read_json_lines(path) if int(row["step"]) <= resume_step]  # type: ignore
@@ -36,7 +36,7 @@ class MetricsLog:
 
 
 class TrainingDisplay:
-    """One live line with stage, step, loss, speed and ETA; outside a terminal a line every few steps."""
+    """One live line: stage, step, loss, speed, ETA; outside a terminal a line every few steps."""
 
     def __init__(self, num_steps: int, every: int) -> None:
         self._num_steps = num_steps
@@ -52,7 +52,13 @@ class TrainingDisplay:
         if not sys.stdout.isatty():
             yield self
             return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("distill {task.description}"),
@@ -73,7 +79,8 @@ class TrainingDisplay:
         if self._first_step is None:
             self._first_step, self._started = step - 1, time.monotonic()
         text = (
-            f"stage {stage + 1}/{num_stages} T={row['temperature']:.2f} ratio={row['kd_ratio']:.2f} "
+            f"stage {stage + 1}/{num_stages} T={row['temperature']:.2f} "
+            f"ratio={row['kd_ratio']:.2f} "
             f"loss={row['loss']:.4f} {row['tokens_per_second']:.0f} tok/s"
         )
         if self._progress is not None and self._task is not None:

@@ -40,7 +40,9 @@ def open_trackers(wants_tensorboard: bool | None, folder: Path, resume_step: int
     """Returns the trackers that are wanted; None means TensorBoard if it is installed."""
     is_installed = find_spec("tensorboard") is not None
     if wants_tensorboard and not is_installed:
-        raise ConfigError("log.tensorboard: true needs the package tensorboard (pip install 'pocl_dist[track]')")
+        raise ConfigError(
+            "log.tensorboard: true needs the package tensorboard (pip install 'pocl_dist[track]')"
+        )
     if wants_tensorboard is False or not is_installed:
         return []
     return [TensorBoardTracker(folder / "tensorboard", resume_step)]

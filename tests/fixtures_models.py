@@ -38,10 +38,12 @@ def make_run(
 
 
 def write_varied_rows(path: Path, num_rows: int = 24) -> Path:
-    """Writes rows that all differ; the random students say some of the last three words now and then."""
+    """Writes rows that all differ; random students say some of the last three words at times."""
     lines = []
     for index in range(num_rows):
-        words = [WORDS[(index * 5 + k * (1 + index // 21)) % len(WORDS)] for k in range(1 + index % 6)]
+        words = [
+            WORDS[(index * 5 + k * (1 + index // 21)) % len(WORDS)] for k in range(1 + index % 6)
+        ]
         row = {
             "id": f"row-{index:03d}",
             "instruction": " ".join(["say", *words]),

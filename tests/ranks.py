@@ -1,4 +1,4 @@
-"""Runs a function on several real ranks (gloo), cheaply: forked from one parent that has imported all."""
+"""Runs a function on several real ranks (gloo), cheaply: forked from a parent that imported all."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.queues import Queue
 
-_PRELOAD = ["torch", "deepspeed", "transformers", "transformers.models.llama.modeling_llama", "accelerate",
-            "transformers.generation", "pocl_dist.pipeline.distill", "tests.ranks"]  # fmt: skip
+_PRELOAD = [
+    "torch",
+    "deepspeed",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "accelerate",
+    "transformers.generation",
+    "pocl_dist.pipeline.distill",
+    "tests.ranks",
+]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 
@@ -21,7 +29,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _child(fn: Callable[..., object], args: tuple, rank: int, world_size: int, port: int, results: Queue) -> None:
+def _child(
+    fn: Callable[..., object], args: tuple, rank: int, world_size: int, port: int, results: Queue
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -45,7 +55,9 @@ def start_ranks(fn: Callable[..., object], world_size: int, *args: object) -> tu
     results: Queue = _context.Queue()
     port = free_port()
     processes = [
-        _context.Process(target=_child, args=(fn, args, rank, world_size, port, results), daemon=True)
+        _context.Process(
+            target=_child, args=(fn, args, rank, world_size, port, results), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -53,8 +65,10 @@ def start_ranks(fn: Callable[..., object], world_size: int, *args: object) -> tu
     return processes, results
 
 
-def run_ranks_with_errors(fn: Callable[..., object], world_size: int, *args: object, timeout: float = 120) -> list:
-    """Returns (value, error) of every rank, in rank order; error is (class name, message, traceback)."""
+def run_ranks_with_errors(
+    fn: Callable[..., object], world_size: int, *args: object, timeout: float = 120
+) -> list:
+    """Returns (value, error) per rank, in order; error is (class name, message, traceback)."""
     processes, results = start_ranks(fn, world_size, *args)
     try:
         rows = sorted((results.get(timeout=timeout) for _ in processes), key=lambda row: row[0])
@@ -66,7 +80,9 @@ def run_ranks_with_errors(fn: Callable[..., object], world_size: int, *args: obj
                 process.kill()
 
 
-def run_ranks(fn: Callable[..., object], world_size: int, *args: object, timeout: float = 120) -> list:
+def run_ranks(
+    fn: Callable[..., object], world_size: int, *args: object, timeout: float = 120
+) -> list:
     """Returns the values of all ranks; an error of any rank fails the test with its traceback."""
     rows = run_ranks_with_errors(fn, world_size, *args, timeout=timeout)
     for _, error in rows:

@@ -43,12 +43,21 @@ def make(tmp_path: Path, rank: object, has_dev: bool = False, **sections: object
     return Coordinator(STAGES, config, rank, has_dev=has_dev)  # type: ignore[arg-type]
 
 
-def walk(coordinator: Coordinator, dev_values: list[float] | None = None, stop_at: int = -1) -> list[tuple]:
-    """Follows the coordinator to FINISH or STOP; returns (action, step, stage, resets) of each instruction."""
+def walk(
+    coordinator: Coordinator, dev_values: list[float] | None = None, stop_at: int = -1
+) -> list[tuple]:
+    """Follows it to FINISH or STOP; returns (action, step, stage, resets) of each instruction."""
     seen, values = [], list(dev_values or [])
     while True:
         instruction = coordinator.next_instruction(coordinator.progress.step == stop_at, False)
-        seen.append((instruction.action.name, instruction.step, instruction.stage, instruction.resets_optimizer))
+        seen.append(
+            (
+                instruction.action.name,
+                instruction.step,
+                instruction.stage,
+                instruction.resets_optimizer,
+            )
+        )
         if instruction.action == Action.TRAIN:
             coordinator.record_step()
         elif instruction.action == Action.SAVE:
@@ -75,7 +84,9 @@ def test_stages_follow_each_other_with_a_save_at_each_end_and_a_reset_at_each_st
 
 
 def test_the_optimizer_is_kept_when_the_config_says_so(tmp_path: Path, rank: object) -> None:
-    coordinator = make(tmp_path, rank, curriculum={"num_stages": 2, "optimizer": "keep", "ordering": "shuffled"})
+    coordinator = make(
+        tmp_path, rank, curriculum={"num_stages": 2, "optimizer": "keep", "ordering": "shuffled"}
+    )
     assert not any(resets for *_, resets in walk(coordinator))
 
 
@@ -98,7 +109,9 @@ def test_a_run_stopped_anywhere_and_resumed_trains_the_same_steps(
 def test_the_dev_metric_is_taken_at_the_start_every_few_steps_and_at_stage_ends(
     tmp_path: Path, rank: object
 ) -> None:
-    coordinator = make(tmp_path, rank, has_dev=True, data={"dev": "d"}, dev={"metric": "rouge_l", "every": 2})
+    coordinator = make(
+        tmp_path, rank, has_dev=True, data={"dev": "d"}, dev={"metric": "rouge_l", "every": 2}
+    )
     rows = walk(coordinator, dev_values=[1.0, 5.0, 3.0, 4.0])
     assert [step for action, step, *_ in rows if action == "EVALUATE"] == [0, 2, 4, 5]
     assert (coordinator.progress.best_dev, coordinator.progress.best_step) == (5.0, 2)
@@ -107,11 +120,22 @@ def test_the_dev_metric_is_taken_at_the_start_every_few_steps_and_at_stage_ends(
 def test_a_stage_without_gain_for_patience_evaluations_ends(tmp_path: Path, rank: object) -> None:
     curriculum = {"num_stages": 2, "ordering": "shuffled", "advance": "converged", "patience": 1}
     coordinator = make(
-        tmp_path, rank, has_dev=True, data={"dev": "d"}, dev={"metric": "loss", "every": 1}, curriculum=curriculum
+        tmp_path,
+        rank,
+        has_dev=True,
+        data={"dev": "d"},
+        dev={"metric": "loss", "every": 1},
+        curriculum=curriculum,
     )
-    # loss: lower is better. Stage 1: first look sets the mark, the second (equal) ends it after step 2 of 3.
+    # loss: lower is better. Stage 1: first look sets the mark, the second (equal)
+    # ends it after step 2 of 3.
     rows = walk(coordinator, dev_values=[9.0, 8.0, 7.0, 6.0, 6.0])
-    assert [(step, stage) for action, step, stage, _ in rows if action == "TRAIN"] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert [(step, stage) for action, step, stage, _ in rows if action == "TRAIN"] == [
+        (0, 0),
+        (1, 0),
+        (2, 1),
+        (3, 1),
+    ]
     assert rows[-1][0] == "FINISH"
 
 
@@ -129,7 +153,9 @@ def test_the_learning_rate_restarts_its_cosine_in_every_stage(tmp_path: Path, ra
 
 
 def test_an_instruction_survives_its_tensor() -> None:
-    instruction = Instruction(Action.TRAIN, 2**40 + 1, 3, 17, 1.0 + 1 / 3, 0.7 + 0.1, 1e-4 / 3, True)
+    instruction = Instruction(
+        Action.TRAIN, 2**40 + 1, 3, 17, 1.0 + 1 / 3, 0.7 + 0.1, 1e-4 / 3, True
+    )
     assert Instruction.from_floats(instruction.to_floats()) == instruction
 
 
@@ -141,7 +167,9 @@ def test_the_digest_changes_with_everything_that_a_step_depends_on() -> None:
         applied_digest(instruction, 1.5, 0.80001, 1e-3, ["a", "b"]),
         applied_digest(instruction, 1.5, 0.8, 1.001e-3, ["a", "b"]),
         applied_digest(instruction, 1.5, 0.8, 1e-3, ["b", "a"]),
-        applied_digest(Instruction(Action.TRAIN, 2, 0, 1, 1.5, 0.8, 1e-3, False), 1.5, 0.8, 1e-3, ["a", "b"]),
+        applied_digest(
+            Instruction(Action.TRAIN, 2, 0, 1, 1.5, 0.8, 1e-3, False), 1.5, 0.8, 1e-3, ["a", "b"]
+        ),
     ]
     assert base == applied_digest(instruction, 1.5, 0.8, 1e-3, ["a", "b"])
     assert base not in others and len(set(others)) == len(others)

@@ -15,6 +15,7 @@ from tests.training import (
     checkpoint_tensors,
     distill,
     distill_with_stray,
+    first_gradient,
     plain_torch_weights,
     step_rows,
 )
@@ -24,7 +25,13 @@ Pair = tuple[Path, Path, Path]
 
 def _losses(run) -> torch.Tensor:
     rows = step_rows(run)
-    return torch.tensor([[row["loss"], row["kd_loss"], row["ce_loss"], row["kl"], row["grad_norm"]] for row in rows], dtype=torch.float64)
+    return torch.tensor(
+        [
+            [row["loss"], row["kd_loss"], row["ce_loss"], row["kl"], row["grad_norm"]]
+            for row in rows
+        ],
+        dtype=torch.float64,
+    )
 
 
 def test_one_rank_and_two_ranks_take_the_same_20_steps(tiny_pair: Pair, tmp_path: Path) -> None:
@@ -33,6 +40,18 @@ def test_one_rank_and_two_ranks_take_the_same_20_steps(tiny_pair: Pair, tmp_path
     two = distill(write_config(tmp_path / "two", *tiny_pair, **sections), 2)
     assert len(step_rows(one)) >= 20
     torch.testing.assert_close(_losses(one), _losses(two), rtol=1e-5, atol=1e-9)
+
+
+def test_the_first_gradient_is_the_same_on_one_and_two_ranks_to_a_millionth_of_its_norm(
+    tiny_pair: Pair, tmp_path: Path
+) -> None:
+    one = first_gradient(write_config(tmp_path / "one", *tiny_pair), 1)
+    two = first_gradient(write_config(tmp_path / "two", *tiny_pair), 2)
+    assert one.keys() == two.keys()
+    norm = torch.cat([value.flatten() for value in one.values()]).norm()
+    difference = torch.cat([(one[name] - two[name]).flatten() for name in one]).norm()
+    assert norm > 1e-3
+    assert difference < 1e-6 * norm
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +64,14 @@ def reference(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> RunD
 def test_every_zero_stage_takes_the_same_steps_as_stage_3(
     tiny_pair: Pair, reference: RunDirectory, tmp_path: Path, zero_stage: int
 ) -> None:
-    run = distill(write_config(tmp_path / "n", *tiny_pair, engine={"zero_stage": zero_stage, "micro_batch_size": 3, "global_batch_size": 8}), 2)
+    run = distill(
+        write_config(
+            tmp_path / "n",
+            *tiny_pair,
+            engine={"zero_stage": zero_stage, "micro_batch_size": 3, "global_batch_size": 8},
+        ),
+        2,
+    )
     torch.testing.assert_close(_losses(run), _losses(reference), rtol=1e-5, atol=1e-9)
     mine, theirs = checkpoint_tensors(run), checkpoint_tensors(reference)
     assert mine.keys() == theirs.keys()
@@ -82,7 +108,10 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 
 def _without_speed(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_bytes")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_bytes")}
+        for row in rows
+    ]
 
 
 def test_a_run_resumed_on_another_world_size_goes_on_with_the_same_losses(
@@ -104,7 +133,9 @@ def test_the_trained_weights_equal_those_of_a_plain_torch_loop(
             torch.testing.assert_close(value, theirs, rtol=1e-4, atol=2e-6)
 
 
-def test_the_export_opens_in_plain_transformers_and_holds_the_last_weights(reference: RunDirectory) -> None:
+def test_the_export_opens_in_plain_transformers_and_holds_the_last_weights(
+    reference: RunDirectory,
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(reference.export)
@@ -116,11 +147,15 @@ def test_the_export_opens_in_plain_transformers_and_holds_the_last_weights(refer
     assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
 
 
-def test_a_student_without_teacher_learns_by_cross_entropy_alone(tiny_pair: Pair, tmp_path: Path) -> None:
+def test_a_student_without_teacher_learns_by_cross_entropy_alone(
+    tiny_pair: Pair, tmp_path: Path
+) -> None:
     _, student, rows = tiny_pair
     curriculum = {"num_stages": 1, "epochs_per_stage": 6}
     optimizer = {"learning_rate": 1e-2}
-    run = distill(write_config(tmp_path, None, student, rows, curriculum=curriculum, optimizer=optimizer), 2)
+    run = distill(
+        write_config(tmp_path, None, student, rows, curriculum=curriculum, optimizer=optimizer), 2
+    )
     steps = step_rows(run)
     assert all(row["loss"] == row["ce_loss"] and row["kd_ratio"] == 0 for row in steps)
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
@@ -138,15 +173,18 @@ def test_a_rank_that_applies_another_temperature_is_named_and_all_ranks_exit_71(
         assert "rank(s) 1" in error[1]
 
 
-def test_a_stage_ends_early_when_the_dev_metric_stands_still(tiny_pair: Pair, tmp_path: Path) -> None:
+def test_a_stage_ends_early_when_the_dev_metric_stands_still(
+    tiny_pair: Pair, tmp_path: Path
+) -> None:
     teacher, student, rows = tiny_pair
-    # A learning rate of almost nothing: no gain is possible, so each stage ends after `patience` looks.
+    # A learning rate of almost nothing: no gain is possible, so each stage ends
+    # after `patience` looks.
     config = write_config(
         tmp_path, teacher, student, rows,
         data={"dev": str(rows), "dev_limit": 5},
         dev={"metric": "loss", "every": 1},
-        curriculum={"num_stages": 2, "epochs_per_stage": 8, "ordering": "shuffled", "advance": "converged",
-                    "patience": 2, "min_delta": 0.5},
+        curriculum={"num_stages": 2, "epochs_per_stage": 8, "ordering": "shuffled",
+                    "advance": "converged", "patience": 2, "min_delta": 0.5},
         export={"select": "best_dev"},
     )  # fmt: skip
     run = distill(config, 2)
@@ -161,9 +199,11 @@ def test_a_stage_ends_early_when_the_dev_metric_stands_still(tiny_pair: Pair, tm
     "sections",
     [
         {"engine": {"micro_batch_size": 3, "global_batch_size": 8, "gradient_checkpointing": True}},
-        {"engine": {"micro_batch_size": 3, "global_batch_size": 8, "offload_param": "cpu", "offload_optimizer": "cpu"},
+        {"engine": {"micro_batch_size": 3, "global_batch_size": 8, "offload_param": "cpu",
+                    "offload_optimizer": "cpu"},
          "teacher": {"offload_param": "cpu"}},
-        {"engine": {"micro_batch_size": 1, "global_batch_size": 8, "zero_options": {"stage3_param_persistence_threshold": 0}}},
+        {"engine": {"micro_batch_size": 1, "global_batch_size": 8,
+                    "zero_options": {"stage3_param_persistence_threshold": 0}}},
     ],
     ids=["gradient checkpointing", "offload", "nothing persistent"],
 )  # fmt: skip
@@ -178,7 +218,12 @@ def test_how_it_is_computed_does_not_change_the_losses(
 def test_bf16_trains_near_fp32_and_resumes_exactly(
     tiny_pair: Pair, reference: RunDirectory, tmp_path: Path, zero_stage: int
 ) -> None:
-    engine = {"micro_batch_size": 3, "global_batch_size": 8, "dtype": "bf16", "zero_stage": zero_stage}
+    engine = {
+        "micro_batch_size": 3,
+        "global_batch_size": 8,
+        "dtype": "bf16",
+        "zero_stage": zero_stage,
+    }
     whole = distill(write_config(tmp_path / "whole", *tiny_pair, engine=engine), 2)
     torch.testing.assert_close(_losses(whole)[:, 0], _losses(reference)[:, 0], rtol=0.05, atol=0.05)
     config = write_config(tmp_path / "parts", *tiny_pair, engine=engine)

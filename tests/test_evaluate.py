@@ -1,4 +1,4 @@
-"""evaluate on real actors: figures that score agrees with, seeds, baselines, and what is refused."""
+"""evaluate on real actors: figures that score agrees with, seeds, baselines, refusals."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ SAMPLED = {"do_sample": True, "seeds": [10, 20], "temperature": 0.7, "top_p": 0.
 
 
 def write_test_sets(folder: Path) -> list[str]:
-    """Writes two test sets; the rows of the second have two references, one of them often right in part."""
-    rows = [json.loads(line) for line in write_varied_rows(folder / "one.jsonl", 10).read_text().splitlines()]
+    """Writes two test sets; rows of the second have two references, one often right in part."""
+    rows = [
+        json.loads(line)
+        for line in write_varied_rows(folder / "one.jsonl", 10).read_text().splitlines()
+    ]
     several = [{**row, "output": [row["output"], "it it it"]} for row in rows[:7]]
     (folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in several))
     return [str(folder / "one.jsonl"), str(folder / "two.jsonl")]
 
 
 def make_evaluated_run(folder: Path, pair: Pair, **sections: object) -> tuple[Config, RunDirectory]:
-    """Returns a run whose export is the student, and whose student before training is the teacher."""
+    """Returns a run: its export is the student, its student before training the teacher."""
     folder.mkdir(exist_ok=True)
     teacher, student, train = pair
     data = {"eval": write_test_sets(folder)}
@@ -44,7 +47,9 @@ def make_evaluated_run(folder: Path, pair: Pair, **sections: object) -> tuple[Co
 def sampled(
     tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory, ray_of_module: None
 ) -> tuple[Config, RunDirectory]:
-    config, run = make_evaluated_run(tmp_path_factory.mktemp("sampled"), tiny_pair, evaluate=SAMPLED)
+    config, run = make_evaluated_run(
+        tmp_path_factory.mktemp("sampled"), tiny_pair, evaluate=SAMPLED
+    )
     evaluate(config, run)
     return config, run
 
@@ -67,15 +72,23 @@ def test_the_report_is_what_score_says_of_the_answers(
         rows = [{"id": row["id"], "text": row["answer"]} for row in answers if row["seed"] == seed]
         predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
         expected.append(score_files(predictions, references))
-    assert [seed["rouge_l"] for seed in report["seeds"]] == [summary.rouge_l for summary in expected]
-    assert report["rouge_l"] == pytest.approx(statistics.mean(summary.rouge_l for summary in expected))
-    assert report["rouge_l_std"] == pytest.approx(statistics.stdev(summary.rouge_l for summary in expected))
+    assert [seed["rouge_l"] for seed in report["seeds"]] == [
+        summary.rouge_l for summary in expected
+    ]
+    assert report["rouge_l"] == pytest.approx(
+        statistics.mean(summary.rouge_l for summary in expected)
+    )
+    assert report["rouge_l_std"] == pytest.approx(
+        statistics.stdev(summary.rouge_l for summary in expected)
+    )
     assert report["exact_match"] == pytest.approx(statistics.mean(s.exact_match for s in expected))
     assert report["num_examples"] == expected[0].num_examples == (10, 7)[index]
     assert report["rouge_l"] > 0 and report["set"] == references.stem and "baselines" not in report
 
 
-def test_seeds_differ_and_every_row_is_answered_once_per_seed(sampled: tuple[Config, RunDirectory]) -> None:
+def test_seeds_differ_and_every_row_is_answered_once_per_seed(
+    sampled: tuple[Config, RunDirectory],
+) -> None:
     rows = answers_of(sampled[1], "one")
     assert len({(row["id"], row["seed"]) for row in rows}) == len(rows) == 20
     by_seed = [[row["answer"] for row in rows if row["seed"] == seed] for seed in (10, 20)]
@@ -111,7 +124,7 @@ def test_other_settings_or_another_export_are_refused_by_name(
 def test_missing_pairs_are_answered_as_before_and_baselines_are_added(
     sampled: tuple[Config, RunDirectory], tiny_pair: Pair, tmp_path: Path
 ) -> None:
-    """One actor instead of two, one of two test sets lost, and the baselines asked for afterwards."""
+    """One actor instead of two, one of two test sets lost, and baselines asked for afterwards."""
     sections = {"evaluate": {**SAMPLED, "baselines": True}, "ray": {"num_actors": 1}}
     config, run = make_evaluated_run(tmp_path, tiny_pair, **sections)
     shutil.copytree(sampled[1].eval, run.eval)

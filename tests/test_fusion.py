@@ -25,7 +25,11 @@ def random_records(seed: int, num_records: int = 40) -> list[DifficultyRecord]:
     generator = random.Random(seed)
     return [
         DifficultyRecord(
-            f"row-{index:02d}", generator.choice([0.0, 0.25, 1.0]), generator.randint(1, 9) / 4, 3, ""
+            f"row-{index:02d}",
+            generator.choice([0.0, 0.25, 1.0]),
+            generator.randint(1, 9) / 4,
+            3,
+            "",
         )
         for index in range(num_records)
     ]
@@ -81,7 +85,9 @@ def test_a_score_that_is_not_finite_is_refused(value: float) -> None:
 
 
 def test_the_share_of_ties_counts_rows_with_an_equal_one() -> None:
-    records = [DifficultyRecord(str(index), [0, 0, 0, 1][index], index, 1, "") for index in range(4)]
+    records = [
+        DifficultyRecord(str(index), [0, 0, 0, 1][index], index, 1, "") for index in range(4)
+    ]
     assert tie_shares(records) == {"rouge_l": 0.75, "cross_entropy": 0.0}
 
 

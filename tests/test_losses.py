@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pocl_dist.errors import ConfigError
 from pocl_dist.config.loss_names import LOSSES, TEMPERATURE_SCALINGS, check_loss, temperature_scale
+from pocl_dist.errors import ConfigError
 from pocl_dist.losses import DIVERGENCES, get_divergence
 
 Formula = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

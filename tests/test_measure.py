@@ -56,7 +56,7 @@ def records_of(run: RunDirectory) -> dict[str, DifficultyRecord]:
 
 
 def one_by_one(config: Config, student: Path) -> list[DifficultyRecord]:
-    """The same scores without batches, padding, actors or our cross-entropy: one row after the other."""
+    """The same scores without batches, padding, actors or our cross-entropy: row by row."""
     source = ModelFolder(student, str(student))
     tokenizer, model = load_tokenizer(source), load_model(source, torch.float32)
     encoder = make_encoder(config, tokenizer)
@@ -72,11 +72,15 @@ def one_by_one(config: Config, student: Path) -> list[DifficultyRecord]:
         losses_N = [-float(logprobs_TV[t - 1, ids_BT[0, t]]) for t in range(start, ids_BT.shape[1])]
         cross_entropy = sum(losses_N) / len(losses_N)
         score = rouge_l(answer, example.references[:1])
-        records.append(DifficultyRecord(example.example_id, score, cross_entropy, len(losses_N), answer))
+        records.append(
+            DifficultyRecord(example.example_id, score, cross_entropy, len(losses_N), answer)
+        )
     return records
 
 
-def test_scores_are_those_of_row_after_row(measured: tuple[Config, RunDirectory], tiny_pair: Pair) -> None:
+def test_scores_are_those_of_row_after_row(
+    measured: tuple[Config, RunDirectory], tiny_pair: Pair
+) -> None:
     config, run = measured
     found = records_of(run)
     for expected in one_by_one(config, tiny_pair[1]):
@@ -93,7 +97,9 @@ def test_the_summary_counts_and_averages(measured: tuple[Config, RunDirectory]) 
     summary = json.loads((run.difficulty / "summary.json").read_text())
     records = records_of(run).values()
     assert summary["num_examples"] == 24 and summary["num_quarantined"] == 0
-    assert summary["mean_cross_entropy"] == pytest.approx(sum(r.cross_entropy for r in records) / 24)
+    assert summary["mean_cross_entropy"] == pytest.approx(
+        sum(r.cross_entropy for r in records) / 24
+    )
     assert set(summary["tie_shares"]) == {"rouge_l", "cross_entropy"}
 
 
@@ -112,7 +118,11 @@ def test_a_measured_run_is_left_alone(
 @pytest.mark.parametrize(
     ("section", "value", "key"),
     [
-        ("generation", {"max_new_tokens": 5}, r"generation\.max_new_tokens: it was made with 6, now 5"),
+        (
+            "generation",
+            {"max_new_tokens": 5},
+            r"generation\.max_new_tokens: it was made with 6, now 5",
+        ),
         ("generation", {"batch_size": 4}, r"generation\.batch_size"),
         ("data", {"max_prompt_tokens": 40}, r"data\.max_prompt_tokens"),
         ("data", {"limit": 20}, r"data\.limit"),
@@ -185,10 +195,12 @@ def test_the_stop_file_ends_the_pass(tiny_pair: Pair, tmp_path: Path, ray_of_mod
 def test_an_interrupted_pass_goes_on_with_what_is_missing(
     measured: tuple[Config, RunDirectory], tiny_pair: Pair, tmp_path: Path
 ) -> None:
-    """One shard of two is there, made with two actors; the rest comes from one, in shards of another size."""
+    """One of two shards is there, by two actors; one makes the rest, in shards of another size."""
     teacher, student, _ = tiny_pair
     train = write_varied_rows(tmp_path / "train.jsonl")
-    config, run = make_run(tmp_path, student, train, teacher, ray={"num_actors": 1, "shard_size": 9})
+    config, run = make_run(
+        tmp_path, student, train, teacher, ray={"num_actors": 1, "shard_size": 9}
+    )
     shutil.copytree(measured[1].difficulty, run.difficulty)
     for name in ("shard-00000.parquet", "shard-00001.parquet", "summary.json"):
         (run.difficulty / name).unlink()
@@ -212,7 +224,9 @@ def test_one_actor_that_is_killed_gives_the_same_scores_as_two(
 ) -> None:
     teacher, student, _ = tiny_pair
     train = write_varied_rows(tmp_path / "train.jsonl")
-    config, run = make_run(tmp_path, student, train, teacher, ray={"num_actors": 1, "shard_size": 16})
+    config, run = make_run(
+        tmp_path, student, train, teacher, ray={"num_actors": 1, "shard_size": 16}
+    )
     ray.cloudpickle.register_pickle_by_value(sys.modules[fixtures_models.__name__])
     monkeypatch.setattr(DiesOnce, "marker", tmp_path / "died")
     monkeypatch.setattr(actor_pass, "ModelWorker", DiesOnce)
@@ -253,7 +267,9 @@ def test_a_worker_refuses_a_model_that_the_driver_did_not_see(tiny_pair: Pair) -
 
 
 def test_batches_and_shard_names_depend_on_the_rows_alone() -> None:
-    rows = [EncodedExample(f"r{i}", tuple(range(2 + i % 5)), 1 + i % 5, False, False) for i in range(23)]
+    rows = [
+        EncodedExample(f"r{i}", tuple(range(2 + i % 5)), 1 + i % 5, False, False) for i in range(23)
+    ]
     references = {row.example_id: ("x",) for row in rows}
     batches = make_batches(rows, references, 4)
     assert batches == make_batches(reversed(rows), references, 4)
@@ -263,5 +279,7 @@ def test_batches_and_shard_names_depend_on_the_rows_alone() -> None:
     for shard_size, names in ((1, [5, 4, 3, 2, 1, 0]), (5, [4, 2, 0]), (8, [4, 2, 0]), (100, [0])):
         shards = make_shards(batches, shard_size)
         assert [shard.name for shard in shards] == [f"shard-{number:05d}" for number in names]
-        together = sorted((batch for shard in shards for batch in shard.batches), key=lambda b: b.index)
+        together = sorted(
+            (batch for shard in shards for batch in shard.batches), key=lambda b: b.index
+        )
         assert together == list(batches)

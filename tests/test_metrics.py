@@ -8,7 +8,13 @@ import pytest
 
 from pocl_dist.metrics import exact_match, normalise_answer, rouge_l, score_answers
 
-SHORT_WORDS = ["a", "b", "c", "d", "e"]  # no longer than three letters: the stemmer leaves them alone
+SHORT_WORDS = [
+    "a",
+    "b",
+    "c",
+    "d",
+    "e",
+]  # no longer than three letters: the stemmer leaves them alone
 
 
 def lcs_length(first: list[str], second: list[str]) -> int:

@@ -78,7 +78,9 @@ def test_planning_again_changes_no_byte(tmp_path: Path, capsys: pytest.CaptureFi
     config, run = planned_run(tmp_path, scores())
     make_plan(config, run)
     before = {
-        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.root.rglob("*") if path.is_file()
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in run.root.rglob("*")
+        if path.is_file()
     }
     make_plan(config, run)
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before}
@@ -90,12 +92,16 @@ def test_the_controls_reorder_the_ranking(tmp_path: Path, ordering: str) -> None
     config, run = planned_run(tmp_path, scores(), curriculum={"ordering": ordering})
     ids = [example.example_id for example in fuse(scores(), 60)]
     in_file = [f"row-{index:03d}" for index in range(NUM_ROWS)]
-    expected = tuple(reversed(ids)) if ordering == "reversed" else order(in_file, "shuffled", config.seed)
+    expected = (
+        tuple(reversed(ids)) if ordering == "reversed" else order(in_file, "shuffled", config.seed)
+    )
     assert make_plan(config, run).ranking == expected
 
 
 @pytest.mark.parametrize("curriculum", [{"num_stages": 1}, {"ordering": "shuffled"}])
-def test_without_an_order_no_scores_are_needed(tmp_path: Path, curriculum: dict[str, object]) -> None:
+def test_without_an_order_no_scores_are_needed(
+    tmp_path: Path, curriculum: dict[str, object]
+) -> None:
     config, run = planned_run(tmp_path, None, curriculum=curriculum)
     assert not needs_difficulty(config)
     plan = make_plan(config, run)
@@ -107,8 +113,12 @@ def test_without_an_order_no_scores_are_needed(tmp_path: Path, curriculum: dict[
 
 def test_without_a_teacher_all_stages_are_cross_entropy_alone(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "train.jsonl", NUM_ROWS)
-    config, run = make_run(tmp_path, tmp_path / "student", train, None, curriculum={"ordering": "shuffled"})
-    assert {(stage.temperature, stage.kd_ratio) for stage in make_plan(config, run).stages} == {(1.0, 0.0)}
+    config, run = make_run(
+        tmp_path, tmp_path / "student", train, None, curriculum={"ordering": "shuffled"}
+    )
+    assert {(stage.temperature, stage.kd_ratio) for stage in make_plan(config, run).stages} == {
+        (1.0, 0.0)
+    }
 
 
 def test_missing_scores_ask_for_measure(tmp_path: Path) -> None:
@@ -121,21 +131,26 @@ def test_missing_scores_ask_for_measure(tmp_path: Path) -> None:
 def test_rows_without_scores_are_counted_and_named(tmp_path: Path) -> None:
     config, run = planned_run(tmp_path, scores()[7:])
     with pytest.raises(
-        DataError, match=r"7 rows .* not scored \(first: row-000, row-001, row-002, row-003, row-004\)"
+        DataError,
+        match=r"7 rows .* not scored \(first: row-000, row-001, row-002, row-003, row-004\)",
     ):
         make_plan(config, run)
 
 
 def test_scores_without_rows_are_counted_and_named(tmp_path: Path) -> None:
     config, run = planned_run(tmp_path, scores(NUM_ROWS + 2))
-    with pytest.raises(DataError, match=r"2 scored rows are not in data\.train \(first: row-023, row-024\)"):
+    with pytest.raises(
+        DataError, match=r"2 scored rows are not in data\.train \(first: row-023, row-024\)"
+    ):
         make_plan(config, run)
 
 
 def test_a_score_that_stands_twice_is_refused(tmp_path: Path) -> None:
     config, run = planned_run(tmp_path, scores())
     write_records(run.difficulty / "shard-00009.parquet", DifficultyRecord, scores()[:1])
-    with pytest.raises(DataError, match=r"shard-00009\.parquet: row 'row-000' is in another shard too"):
+    with pytest.raises(
+        DataError, match=r"shard-00009\.parquet: row 'row-000' is in another shard too"
+    ):
         make_plan(config, run)
 
 
@@ -164,7 +179,11 @@ def test_quarantined_rows_are_left_out_and_said_so(
         ("curriculum", {"num_stages": 3}, r"curriculum\.num_stages: it was made with 2, now 3"),
         ("curriculum", {"temperature": 1.5}, r"curriculum\.temperature"),
         ("curriculum", {"rrf_k": 10.0}, r"curriculum\.rrf_k"),
-        ("engine", {"global_batch_size": 4}, r"engine\.global_batch_size: it was made with 8, now 4"),
+        (
+            "engine",
+            {"global_batch_size": 4},
+            r"engine\.global_batch_size: it was made with 8, now 4",
+        ),
     ],
 )
 def test_a_plan_made_from_other_keys_is_refused_by_name(
@@ -220,7 +239,9 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
         read_plan(tmp_path / "plan.json")
 
 
-def test_a_long_ranking_lies_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_ranking_lies_in_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(step, "MAX_RANKING_IN_JSON", NUM_ROWS - 1)
     config, run = planned_run(tmp_path, scores())
     plan = make_plan(config, run)
@@ -259,9 +280,11 @@ def test_planning_loads_no_torch(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from pocl_dist.config import load_config;"
         "from pocl_dist.pipeline.plan import make_plan;"
         "from pocl_dist.pipeline.run_directory import RunDirectory;"
-        "config = load_config([sys.argv[1]]); make_plan(config, RunDirectory(Path(config.run_dir)));"
+        "config = load_config([sys.argv[1]]);"
+        " make_plan(config, RunDirectory(Path(config.run_dir)));"
         "import pocl_dist.pipeline.measure, pocl_dist.pipeline.evaluate;"
-        "print({'torch', 'transformers', 'ray', 'deepspeed', 'datasets', 'pandas'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'ray', 'deepspeed', 'datasets', 'pandas'}"
+        " & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -48,13 +48,17 @@ def ray_pool() -> Iterator[Callable[..., ActorPool[object]]]:
         yield lambda folder, config=CONFIG, note=print: ActorPool(Doubler, folder, config, 6, note)
 
 
-def test_every_shard_is_done_once(ray_pool: Callable[..., ActorPool[object]], tmp_path: Path) -> None:
+def test_every_shard_is_done_once(
+    ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
+) -> None:
     with ray_pool(tmp_path) as pool:
         results = list(pool.map("work", {f"shard {number}": number for number in range(6)}))
     assert sorted(results) == [(f"shard {number}", 2 * number) for number in range(6)]
 
 
-def test_a_lost_shard_is_done_again(ray_pool: Callable[..., ActorPool[object]], tmp_path: Path) -> None:
+def test_a_lost_shard_is_done_again(
+    ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
+) -> None:
     notes: list[str] = []
     with ray_pool(tmp_path, note=notes.append) as pool:
         results = dict(pool.map("work", {"a": 1, "b": "die once", "c": 3}))
@@ -65,7 +69,10 @@ def test_a_lost_shard_is_done_again(ray_pool: Callable[..., ActorPool[object]], 
 def test_a_shard_that_kills_its_actor_each_time_is_named(
     ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
 ) -> None:
-    with ray_pool(tmp_path) as pool, pytest.raises(WorkerError, match=r"^b: its actor died, attempt 3 of 3"):
+    with (
+        ray_pool(tmp_path) as pool,
+        pytest.raises(WorkerError, match=r"^b: its actor died, attempt 3 of 3"),
+    ):
         list(pool.map("work", {"a": 1, "b": "die"}))
 
 
@@ -77,7 +84,9 @@ def test_an_error_of_ours_keeps_class_and_message(
     assert (type(caught.value), str(caught.value)) == (DataError, "train.jsonl:3: is bad")
 
 
-def test_what_poll_raises_ends_the_pass(ray_pool: Callable[..., ActorPool[object]], tmp_path: Path) -> None:
+def test_what_poll_raises_ends_the_pass(
+    ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
+) -> None:
     def stop() -> None:
         raise StoppedError("stop")
 
@@ -102,7 +111,11 @@ def test_the_token_is_ours_alone_and_in_no_command_line() -> None:
     assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
     assert os.environ["RAY_AUTH_MODE"] == "token"
     token = file.read_text().encode()
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    lines = [
+        path.read_bytes()
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if os.access(path, os.R_OK)
+    ]
     assert not any(token in line for line in lines)
 
 
@@ -116,7 +129,10 @@ def test_the_token_is_ours_alone_and_in_no_command_line() -> None:
     ],
 )
 def test_ray_talks_to_those_with_our_token_only(given: dict[str, str], is_welcome: bool) -> None:
-    code = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]); print('joined')"
+    code = (
+        "import sys; from ray._raylet import GcsClient; "
+        "GcsClient(address=sys.argv[1]); print('joined')"
+    )
     command = [sys.executable, "-c", code, ray.get_runtime_context().gcs_address]
     done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
     assert ("joined" in done.stdout) is is_welcome
@@ -126,11 +142,17 @@ def test_ray_talks_to_those_with_our_token_only(given: dict[str, str], is_welcom
 @pytest.mark.parametrize(
     ("address", "kind", "message"),
     [
-        ("127.0.0.1:1", UnavailableError, r"cannot reach Ray at 127\.0\.0\.1:1 within 20 s \(token: "),
+        (
+            "127.0.0.1:1",
+            UnavailableError,
+            r"cannot reach Ray at 127\.0\.0\.1:1 within 20 s \(token: ",
+        ),
         ("nowhere", ConfigError, "'nowhere' is not allowed: 'auto', or the head's HOST:PORT"),
     ],
 )
-def test_an_address_without_ray_is_one_line(address: str, kind: type[Exception], message: str) -> None:
+def test_an_address_without_ray_is_one_line(
+    address: str, kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message) as caught:
         session._check_reachable(address, 20.0)
     assert "\n" not in str(caught.value)
@@ -149,7 +171,11 @@ def test_an_address_without_ray_is_one_line(address: str, kind: type[Exception],
     ],
 )
 def test_there_is_one_actor_per_gpu_or_as_many_as_the_cpus_allow(
-    config: RayConfig, num_cpus: float, num_gpus: float, num_shards: int, expected: tuple[int, int, float]
+    config: RayConfig,
+    num_cpus: float,
+    num_gpus: float,
+    num_shards: int,
+    expected: tuple[int, int, float],
 ) -> None:
     shape = actor_shape(config, num_cpus, num_gpus, num_shards)
     assert (shape.num_actors, shape.num_cpus, shape.num_gpus) == expected

@@ -36,7 +36,9 @@ def test_the_published_answers_get_the_published_scores() -> None:
 
 def test_rows_are_joined_by_id_when_all_have_one(tmp_path: Path) -> None:
     references = write_lines(tmp_path / "r.jsonl", [row("one", "a"), row(["no", "two"], "b")])
-    predictions = write_lines(tmp_path / "p.jsonl", [{"id": "b", "text": "two"}, {"id": "a", "text": "x"}])
+    predictions = write_lines(
+        tmp_path / "p.jsonl", [{"id": "b", "text": "two"}, {"id": "a", "text": "x"}]
+    )
     assert score_files(predictions, references).exact_match == 50.0
 
 
@@ -61,7 +63,11 @@ def test_rows_are_joined_by_line_unless_all_rows_of_both_have_ids(
             [row("x", "a"), row("y", "b")],
             r"r\.jsonl: row 2: id 'b' has no answer",
         ),
-        ([{"text": "x"}, {"txt": "y"}], [row("x"), row("y")], r"p\.jsonl:2: field 'text' is missing"),
+        (
+            [{"text": "x"}, {"txt": "y"}],
+            [row("x"), row("y")],
+            r"p\.jsonl:2: field 'text' is missing",
+        ),
         ([{"text": None}], [row("x")], r"p\.jsonl:1: field 'text' is NoneType"),
         ([{"text": "x"}, ["y"]], [row("x"), row("y")], r"p\.jsonl:2: not a JSON object"),
         (
@@ -69,7 +75,11 @@ def test_rows_are_joined_by_line_unless_all_rows_of_both_have_ids(
             [row("x")],
             r"p\.jsonl:2: id '1' is that of row 1",
         ),
-        ([{"text": "x"}], [{"instruction": "a", "output": None}], r"r\.jsonl:1: field 'output' is null"),
+        (
+            [{"text": "x"}],
+            [{"instruction": "a", "output": None}],
+            r"r\.jsonl:1: field 'output' is null",
+        ),
         ([], [row("x")], r"p\.jsonl: holds no row"),
     ],
 )

@@ -27,14 +27,18 @@ def test_parts_are_equal_and_the_last_takes_the_remainder(num_ranked: int, num_s
 def test_four_stages_of_eight_epochs_visit_an_example_twenty_times() -> None:
     stages = make_stages(100, CurriculumConfig(), 64)
     assert sum(stage.num_examples * stage.epochs for stage in stages) / 100 == 20
-    assert [stage.num_steps for stage in stages] == [math.ceil(n * 8 / 64) for n in (25, 50, 75, 100)]
+    assert [stage.num_steps for stage in stages] == [
+        math.ceil(n * 8 / 64) for n in (25, 50, 75, 100)
+    ]
     assert [stage.temperature for stage in stages] == pytest.approx([1, 4 / 3, 5 / 3, 2])
     assert [stage.kd_ratio for stage in stages] == pytest.approx([0.7, 0.8, 0.9, 1.0])
 
 
 @pytest.mark.parametrize("visits", [20.0, 3.0, 0.5])
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 5])
-def test_visits_per_example_are_the_same_for_any_number_of_stages(num_stages: int, visits: float) -> None:
+def test_visits_per_example_are_the_same_for_any_number_of_stages(
+    num_stages: int, visits: float
+) -> None:
     curriculum = CurriculumConfig(num_stages=num_stages, visits_per_example=visits)
     stages = make_stages(1603, curriculum, 8)
     assert sum(s.num_examples * s.epochs for s in stages) / 1603 == pytest.approx(visits, rel=1e-12)

@@ -11,7 +11,29 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
-WORDS = "the cat sat on a red mat and then it ran far away from one big dog under two old trees".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "red",
+    "mat",
+    "and",
+    "then",
+    "it",
+    "ran",
+    "far",
+    "away",
+    "from",
+    "one",
+    "big",
+    "dog",
+    "under",
+    "two",
+    "old",
+    "trees",
+]
 
 
 def write_rows(path: Path, num_rows: int) -> Path:
@@ -19,7 +41,12 @@ def write_rows(path: Path, num_rows: int) -> Path:
     lines = []
     for index in range(num_rows):
         words = [WORDS[(index * 7 + k) % len(WORDS)] for k in range(1 + index % 6)]
-        row = {"id": f"row-{index:03d}", "instruction": "say " + " ".join(words), "input": "", "output": " ".join(words[::-1])}
+        row = {
+            "id": f"row-{index:03d}",
+            "instruction": "say " + " ".join(words),
+            "input": "",
+            "output": " ".join(words[::-1]),
+        }
         lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -28,17 +55,26 @@ def write_rows(path: Path, num_rows: int) -> Path:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Returns a byte-level BPE tokenizer with one special token that is both eos and pad."""
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator([" ".join(WORDS), "say ### Instruction: Response:"] * 4, vocab_size=320, special_tokens=[EOS])
-    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=EOS, pad_token=EOS)
+    trained.train_from_iterator(
+        [" ".join(WORDS), "say ### Instruction: Response:"] * 4,
+        vocab_size=320,
+        special_tokens=[EOS],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, eos_token=EOS, pad_token=EOS
+    )
 
 
-def write_llama(folder: Path, hidden: int, layers: int, seed: int, is_tied: bool = True, num_phantom: int = 0) -> Path:
+def write_llama(
+    folder: Path, hidden: int, layers: int, seed: int, is_tied: bool = True, num_phantom: int = 0
+) -> Path:
     """Writes a Llama with random weights that are large enough for its logits to differ."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer) + num_phantom, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=is_tied,
+        vocab_size=len(tokenizer) + num_phantom, hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=128, tie_word_embeddings=is_tied,
         initializer_range=0.2, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -46,12 +82,22 @@ def write_llama(folder: Path, hidden: int, layers: int, seed: int, is_tied: bool
     return folder
 
 
-def write_config(folder: Path, teacher: Path | None, student: Path, train: Path, /, **sections: object) -> Path:
+def write_config(
+    folder: Path, teacher: Path | None, student: Path, train: Path, /, **sections: object
+) -> Path:
     """Writes a config over tiny models; `sections` are merged over small defaults."""
     value: dict = {
         "run_dir": str(folder / "run"),
-        "models": {"teacher": {"path": str(teacher)} if teacher else None, "student": {"path": str(student)}},
-        "data": {"train": str(train), "template": "short", "max_tokens": 64, "max_prompt_tokens": 48},
+        "models": {
+            "teacher": {"path": str(teacher)} if teacher else None,
+            "student": {"path": str(student)},
+        },
+        "data": {
+            "train": str(train),
+            "template": "short",
+            "max_tokens": 64,
+            "max_prompt_tokens": 48,
+        },
         "curriculum": {"num_stages": 2, "epochs_per_stage": 2, "ordering": "shuffled"},
         "generation": {"max_new_tokens": 6, "batch_size": 8},
         "optimizer": {"learning_rate": 1e-3},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -39,7 +40,9 @@ def _distill(paths: list[str], overrides: list[str], stop_after: int | None) -> 
             raise
 
 
-def distill(config: Path, world_size: int, *overrides: str, stop_after: int | None = None) -> RunDirectory:
+def distill(
+    config: Path, world_size: int, *overrides: str, stop_after: int | None = None
+) -> RunDirectory:
     """Plans and trains, up to `stop_after` steps if given; returns the run directory."""
     loaded = load_config([config], overrides)
     run = RunDirectory(Path(loaded.run_dir))
@@ -59,7 +62,11 @@ def checkpoint_tensors(run: RunDirectory) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     newest = sorted(run.checkpoints.glob("step-*"))[-1]
-    return {name: value for file in newest.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in newest.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
 
 
 def _distill_astray(paths: list[str], stray: int) -> None:
@@ -73,7 +80,11 @@ def _distill_astray(paths: list[str], stray: int) -> None:
     def halved(values: list[float]) -> Instruction:
         instruction = received(values)
         is_stray = os.environ["RANK"] == str(stray) and instruction.step == 2
-        return replace(instruction, temperature=instruction.temperature / 2) if is_stray else instruction
+        return (
+            replace(instruction, temperature=instruction.temperature / 2)
+            if is_stray
+            else instruction
+        )
 
     Instruction.from_floats = halved  # type: ignore[method-assign,assignment]
     step.distill_rank(config, RunDirectory(Path(config.run_dir)))
@@ -86,11 +97,45 @@ def distill_with_stray(config: Path, world_size: int, stray: int) -> list:
     return run_ranks_with_errors(_distill_astray, world_size, [str(config)], stray)
 
 
-def plain_torch_weights(pair: tuple[Path, Path, Path], run: RunDirectory) -> dict[str, torch.Tensor]:
-    """Returns the weights of the same training written as a plain loop, in float64, without our parts.
+class _SeenError(Exception):
+    """Ends a run whose gradient has been looked at."""
 
-    Forward KL, T^2, mixing, global mean over tokens, clip 1, AdamW with decay on matrices, a cosine that
-    restarts and an optimizer that is new in each stage. Only plan and sampler (the order) are ours.
+
+def _first_gradient(path: str) -> dict[str, list]:
+    from deepspeed.utils import safe_get_full_grad
+
+    from pocl_dist.pipeline import distill, train_step
+
+    seen: dict[str, list] = {}
+
+    def look(engine) -> float:  # type: ignore[no-untyped-def]
+        for name, parameter in engine.module.named_parameters():
+            seen[name] = safe_get_full_grad(parameter).double().tolist()
+        raise _SeenError
+
+    train_step._update = look
+    config = load_config([path])
+    with contextlib.suppress(_SeenError):
+        distill.distill_rank(config, RunDirectory(Path(config.run_dir)))
+    return seen
+
+
+def first_gradient(config: Path, world_size: int) -> dict[str, torch.Tensor]:
+    """Returns {parameter: whole gradient} of the first step, just before the update."""
+    loaded = load_config([config])
+    make_plan(loaded, RunDirectory(Path(loaded.run_dir)))
+    gradients = run_ranks(_first_gradient, world_size, str(config))[0]
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in gradients.items()}
+
+
+def plain_torch_weights(
+    pair: tuple[Path, Path, Path], run: RunDirectory
+) -> dict[str, torch.Tensor]:
+    """Returns the weights of the same training as a plain loop, in float64, without our parts.
+
+    Forward KL, T^2, mixing, global mean over tokens, clip 1, AdamW with decay on matrices,
+    a cosine that restarts and an optimizer that is new in each stage. Only plan and
+    sampler (the order) are ours.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,19 +143,30 @@ def plain_torch_weights(pair: tuple[Path, Path, Path], run: RunDirectory) -> dic
     from pocl_dist.pipeline.plan import read_plan
 
     plan = read_plan(run.plan)
-    teacher, student = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in pair[:2])
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in pair[:2]
+    )
     tokenizer = AutoTokenizer.from_pretrained(pair[1])
     rows = {row["id"]: row for row in map(json.loads, pair[2].read_text().splitlines())}
     for stage in plan.stages:
-        groups = [[p for p in student.parameters() if (p.ndim >= 2) == is_matrix] for is_matrix in (True, False)]
-        optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.num_steps, eta_min=1e-7)
+        groups = [
+            [p for p in student.parameters() if (p.ndim >= 2) == is_matrix]
+            for is_matrix in (True, False)
+        ]
+        optimizer = torch.optim.AdamW(
+            [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, stage.num_steps, eta_min=1e-7
+        )
         sampler = StageSampler(42, stage.index, stage.num_examples, stage.epochs, 8)
         for step in range(stage.num_steps):
             total, count = torch.zeros((), dtype=torch.float64), 0
             for position in sampler.batch(step):
                 row = rows[plan.ranking[position]]
-                prompt = tokenizer(f"### Instruction:\n{row['instruction']}\n\n### Response:\n")["input_ids"]
+                prompt = tokenizer(f"### Instruction:\n{row['instruction']}\n\n### Response:\n")[
+                    "input_ids"
+                ]
                 answer = [*tokenizer(row["output"])["input_ids"], tokenizer.eos_token_id]
                 ids = torch.tensor([prompt + answer])
                 at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
@@ -121,7 +177,10 @@ def plain_torch_weights(pair: tuple[Path, Path, Path], run: RunDirectory) -> dic
                 p, q = torch.softmax(y / t, -1), torch.softmax(z / t, -1)
                 kl = (p * (p.log() - q.log())).sum() * t * t
                 ce = torch.nn.functional.cross_entropy(z, torch.tensor(answer), reduction="sum")
-                total, count = total + stage.kd_ratio * kl + (1 - stage.kd_ratio) * ce, count + len(answer)
+                total, count = (
+                    total + stage.kd_ratio * kl + (1 - stage.kd_ratio) * ce,
+                    count + len(answer),
+                )
             optimizer.zero_grad()
             (total / count).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

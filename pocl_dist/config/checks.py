@@ -1,4 +1,4 @@
-"""What one field alone cannot tell: keys that contradict each other. Each message names the keys."""
+"""What one field alone cannot tell: keys that contradict each other. Messages name the keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ def _schedule_values(schedule: Schedule) -> list[float]:
 def _check_schedule(key: str, schedule: Schedule, num_stages: int, low: float, high: float) -> None:
     if isinstance(schedule, list) and len(schedule) != num_stages:
         raise ConfigError(f"{key}: {schedule} has {len(schedule)} values for {num_stages} stages")
-    if isinstance(schedule, ScheduleConfig) and schedule.schedule != "constant" and schedule.end is None:
+    if (
+        isinstance(schedule, ScheduleConfig)
+        and schedule.schedule != "constant"
+        and schedule.end is None
+    ):
         raise ConfigError(f"{key}.end: is required with schedule {schedule.schedule!r}")
     for value in _schedule_values(schedule):
         if not low <= value <= high:
@@ -28,14 +32,18 @@ def _check_schedule(key: str, schedule: Schedule, num_stages: int, low: float, h
 def _check_models(config: Config) -> None:
     student, teacher = config.models.student, config.models.teacher
     if student.path is None and student.init_layers is None:
-        raise ConfigError("models.student.path: is required (or init_layers, to cut it from the teacher)")
+        raise ConfigError(
+            "models.student.path: is required (or init_layers, to cut it from the teacher)"
+        )
     if student.path is not None and student.init_layers is not None:
         raise ConfigError("models.student: path and init_layers exclude each other")
     if student.init_layers is not None:
         if teacher is None:
             raise ConfigError("models.student.init_layers: needs models.teacher to cut from")
         if student.init_layers != sorted(set(student.init_layers)):
-            raise ConfigError(f"models.student.init_layers: {student.init_layers} must ascend, without repeats")
+            raise ConfigError(
+                f"models.student.init_layers: {student.init_layers} must ascend, without repeats"
+            )
 
 
 def _check_engine(config: Config) -> None:
@@ -50,7 +58,9 @@ def _check_engine(config: Config) -> None:
             f"engine.zero_stage: 0 trains in fp32 only, not {engine.dtype}; use stage 1, 2 or 3"
         )
     if engine.offload_param != "none" and engine.zero_stage != 3:
-        raise ConfigError(f"engine.offload_param: needs engine.zero_stage 3, not {engine.zero_stage}")
+        raise ConfigError(
+            f"engine.offload_param: needs engine.zero_stage 3, not {engine.zero_stage}"
+        )
     if engine.offload_optimizer != "none" and engine.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3")
     owned = {"stage", "offload_param", "offload_optimizer"} & set(engine.zero_options)
@@ -72,8 +82,8 @@ def _check_data(config: Config) -> None:
         )
     if data.template not in TEMPLATES and data.template.count("{prompt}") != 1:
         raise ConfigError(
-            f"data.template: {data.template!r} is not allowed: one of {', '.join(TEMPLATES)}, or text with "
-            "{prompt} in it once"
+            f"data.template: {data.template!r} is not allowed: one of {', '.join(TEMPLATES)}, "
+            "or text with {prompt} in it once"
         )
     if data.dev is None and curriculum.advance == "converged":
         raise ConfigError("curriculum.advance: 'converged' needs data.dev")
@@ -87,7 +97,9 @@ def check_config(config: Config) -> None:
     _check_models(config)
     _check_data(config)
     _check_engine(config)
-    _check_schedule("curriculum.temperature", curriculum.temperature, curriculum.num_stages, 1e-3, 1e3)
+    _check_schedule(
+        "curriculum.temperature", curriculum.temperature, curriculum.num_stages, 1e-3, 1e3
+    )
     _check_schedule("curriculum.kd_ratio", curriculum.kd_ratio, curriculum.num_stages, 0.0, 1.0)
     try:
         check_loss(config.loss.name, config.loss.kwargs)

@@ -1,4 +1,4 @@
-"""Dotted keys: flatten a config, pick the keys that a step depends on, compare them with a file's."""
+"""Dotted keys: flatten a config, pick the keys a step depends on, compare them with a file's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def select_keys(config: BaseModel, prefixes: Iterable[str]) -> dict[str, JSONVal
     return {k: v for k, v in flat.items() if any(k == p or k.startswith(p + ".") for p in wanted)}
 
 
-def compare_inputs(found: Mapping[str, JSONValue], expected: Mapping[str, JSONValue], made: Path) -> None:
+def compare_inputs(
+    found: Mapping[str, JSONValue], expected: Mapping[str, JSONValue], made: Path
+) -> None:
     """Raises MismatchError (78) naming every key in which `made` was made from other inputs."""
     differing = [
         f"{key}: it was made with {found.get(key)!r}, now {expected.get(key)!r}"

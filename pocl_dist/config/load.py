@@ -1,4 +1,4 @@
-"""YAML files and `section.key=value` overrides -> Config, with messages that name the dotted key."""
+"""YAML files and `section.key=value` overrides -> Config; messages name the dotted key."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class _Loader(yaml.SafeLoader):
             raise _complaint(f"the tag {event.tag} is not allowed", event)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, object]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -55,7 +57,8 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that `_Loader` would take for a number: to PyYAML alone `1e4` is text."""
 
 
-# What a plain scalar means; anything else is text. Dates, octals and merge keys are no part of a config.
+# What a plain scalar means; anything else is text. Dates, octals and merge keys
+# are no part of a config.
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -115,8 +118,8 @@ def _merge(base: dict[str, JSONValue], over: Mapping[str, JSONValue]) -> dict[st
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        # A schedule is one value written in several keys: the later file replaces it whole. So does `{}`,
-        # the only way to drop what a lower layer wrote into `loss.kwargs`.
+        # A schedule is one value written in several keys: the later file replaces it whole. So does
+        # `{}`, the only way to drop what a lower layer wrote into `loss.kwargs`.
         is_whole = isinstance(value, dict) and (not value or value.keys() >= {"schedule", "start"})
         if isinstance(value, dict) and isinstance(below, dict) and not is_whole:
             merged[key] = _merge(below, value)
@@ -166,11 +169,15 @@ def _reason(detail: ErrorDetails, path: Sequence[object]) -> str:
     kind = detail["type"]
     if kind in ("model_type", "dict_type"):
         known = _known_keys(path)
-        return f"must be keys and values ({', '.join(known)})" if known else "must be keys and values"
+        return (
+            f"must be keys and values ({', '.join(known)})" if known else "must be keys and values"
+        )
     if kind in _REASONS:
         return _REASONS[kind]
     # "Input should be greater than 0" -> "must be greater than 0"
-    return re.sub(r"^(?:Input|List|String) should ", "must ", detail["msg"]).replace(" after validation", "")
+    return re.sub(r"^(?:Input|List|String) should ", "must ", detail["msg"]).replace(
+        " after validation", ""
+    )
 
 
 _REASONS = {
@@ -209,8 +216,8 @@ def _printable(key: str) -> str:
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """Returns the config of the files, layered left to right, with the overrides on top.
 
-    Raises ConfigError (64) naming dotted key, value and what is allowed; MissingInputError (66) when a
-    file is not there.
+    Raises ConfigError (64) naming dotted key, value and what is allowed; MissingInputError (66)
+    when a file is not there.
     """
     merged: dict[str, JSONValue] = {}
     for path in paths:
@@ -227,5 +234,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 
 def dump_config(config: Config) -> str:
-    """Returns the config, defaults included, as YAML that `load_config` reads back to the same value."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """Returns the config, defaults included, as YAML that `load_config` reads back equal."""
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )

@@ -67,7 +67,7 @@ class DataConfig(Section):
     """Rows, template and lengths."""
 
     train: Text
-    """JSONL or Parquet file, `package:IMPORT_NAME/FILE`, or hub id (`OWNER/NAME[@REVISION][#SPLIT]`)."""
+    """JSONL/Parquet file, `package:IMPORT_NAME/FILE` or hub id `OWNER/NAME[@REVISION][#SPLIT]`."""
     dev: Text | None = None
     """Rows for the dev metric; null: none is computed."""
     eval: list[Text] = []
@@ -79,7 +79,7 @@ class DataConfig(Section):
     eval_limit: Annotated[int, Field(ge=1)] | None = None
     """Use the first rows of each test set only."""
     template: Text = "alpaca"
-    """`alpaca` (as published), `short`, `chat` (the tokenizer's own), or text with `{prompt}` in it."""
+    """`alpaca` (as published), `short`, `chat` (the tokenizer's), or text with `{prompt}` in it."""
     max_tokens: Annotated[int, Field(ge=2)] = 512
     """Prompt + response + eos; a longer response is cut at its end."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
@@ -109,7 +109,8 @@ def _schedule_form(value: object) -> str | None:
     return "[number]" if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-# The form is told apart first, so that a mistake in it gives one complaint and not one per alternative.
+# The form is told apart first, so that a mistake in it gives one complaint and
+# not one per alternative.
 Schedule = Annotated[
     Annotated[ScheduleConfig, Tag("[schedule]")]
     | Annotated[list[float], Field(min_length=1), Tag("[table]")]
@@ -117,7 +118,8 @@ Schedule = Annotated[
     Discriminator(
         _schedule_form,
         custom_error_type="schedule_form",
-        custom_error_message="must be a number, a list with one number per stage, or {schedule, start, end}",
+        custom_error_message="must be a number, a list with one number per stage, "
+        "or {schedule, start, end}",
     ),
 ]
 
@@ -130,7 +132,7 @@ class CurriculumConfig(Section):
     epochs_per_stage: Annotated[float, Field(gt=0)] = 8.0
     """Passes over a stage's examples; not used when `visits_per_example` is set."""
     visits_per_example: Annotated[float, Field(gt=0)] | None = None
-    """Mean visits of an example over all stages; sets equal epochs (fractions allowed) for all stages."""
+    """Mean visits of an example over all stages; sets equal epochs (fractions allowed) for all."""
     temperature: Schedule = ScheduleConfig(schedule="linear", start=1.0, end=2.0)
     """A number, one value per stage, or a schedule."""
     kd_ratio: Schedule = ScheduleConfig(schedule="linear", start=0.7, end=1.0)
@@ -166,7 +168,7 @@ class LossConfig(Section):
     kwargs: dict[str, float] = {}
     """Its parameters, e.g. `skew: 0.1`."""
     temperature_scaling: Literal["auto", "squared", "linear", "none", "published"] = "auto"
-    """Factor on the divergence at temperature T: the divergence's own order, T^2, T, 1, or as published."""
+    """Factor on the divergence at temperature T: its own order, T^2, T, 1, or as published."""
     chunk_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens whose logits exist at once; null: from a memory budget."""
 
@@ -182,7 +184,9 @@ class OptimizerConfig(Section):
     """Linear warm-up at the start of every stage."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """On matrices only; biases and norms are left out."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[
+        list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)
+    ] = [0.9, 0.999]
     """Decay of the first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""

@@ -1,8 +1,8 @@
 """Rank 0 decides what happens next and broadcasts it; every rank does what it received.
 
-One small tensor per action carries stage, temperature, KD ratio, learning rate and the optimizer reset.
-Before each step all ranks exchange a digest of what they have *applied*, so that a rank that trains
-something else is caught and named instead of spoiling the run in silence.
+One small tensor per action carries stage, temperature, KD ratio, learning rate and the optimizer
+reset. Before each step all ranks exchange a digest of what they have *applied*, so that a rank that
+trains something else is caught and named instead of spoiling the run in silence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Action(IntEnum):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One broadcast. `step` counts optimizer steps of the run, `step_in_stage` those of the stage."""
+    """One broadcast. `step` counts optimizer steps of the run, `step_in_stage` of the stage."""
 
     action: Action
     step: int
@@ -97,7 +97,9 @@ class Coordinator:
         received = Instruction.from_floats(broadcast_floats(mine.to_floats(), self.rank))
         progress = self.progress
         if received.stage != progress.stage:
-            self.progress = replace(progress, stage_best=None, num_without_gain=0, is_converged=False)
+            self.progress = replace(
+                progress, stage_best=None, num_without_gain=0, is_converged=False
+            )
             self.progress.stage_ends = [*progress.stage_ends, progress.step]
         self.progress.stage, self.progress.step_in_stage = received.stage, received.step_in_stage
         self.progress.step = received.step
@@ -110,12 +112,18 @@ class Coordinator:
             return Action.STOP if is_saved else Action.SAVE
         is_stage_over = self._is_stage_over()
         dev_every = self.config.dev.every
-        is_dev_due = is_stage_over or progress.step == 0 or (dev_every is not None and progress.step % dev_every == 0)
+        is_dev_due = (
+            is_stage_over
+            or progress.step == 0
+            or (dev_every is not None and progress.step % dev_every == 0)
+        )
         if self.has_dev and is_dev_due and progress.evaluated_at != progress.step:
             return Action.EVALUATE
         is_best = self.config.export.select == "best_dev" and progress.best_step == progress.step
         is_save_due = is_stage_over or is_save_asked or is_best
-        is_save_due = is_save_due or (every is not None and progress.step > 0 and progress.step % every == 0)
+        is_save_due = is_save_due or (
+            every is not None and progress.step > 0 and progress.step % every == 0
+        )
         if is_save_due and not is_saved:
             return Action.SAVE
         if is_stage_over and progress.stage == len(self.stages) - 1:
@@ -124,7 +132,9 @@ class Coordinator:
 
     def _is_stage_over(self) -> bool:
         progress = self.progress
-        return progress.is_converged or progress.step_in_stage == self.stages[progress.stage].num_steps
+        return (
+            progress.is_converged or progress.step_in_stage == self.stages[progress.stage].num_steps
+        )
 
     def _instruction(self, action: Action) -> Instruction:
         progress = self.progress
@@ -140,7 +150,11 @@ class Coordinator:
             temperature=stage.temperature,
             kd_ratio=stage.kd_ratio,
             learning_rate=cosine_learning_rate(
-                step_in_stage, stage.num_steps, optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
+                step_in_stage,
+                stage.num_steps,
+                optimizer.learning_rate,
+                optimizer.min_learning_rate,
+                optimizer.warmup_steps,
             ),
             resets_optimizer=is_next_stage and self.config.curriculum.optimizer == "reset",
         )
@@ -155,7 +169,7 @@ class Coordinator:
         self.progress.saved_at = self.progress.step
 
     def record_dev(self, value: float) -> None:
-        """Takes in a dev metric (the same value on all ranks): best so far, and convergence of the stage."""
+        """Takes in a dev metric (same on all ranks): best so far, convergence of the stage."""
         progress, curriculum = self.progress, self.config.curriculum
         progress.evaluated_at = progress.step
         sign = 1.0 if self.config.dev.metric == "rouge_l" else -1.0
@@ -163,7 +177,10 @@ class Coordinator:
             progress.best_dev, progress.best_step = value, progress.step
         if progress.step_in_stage == 0:
             return  # belongs to the end of the stage before, or to the start
-        if progress.stage_best is None or sign * (value - progress.stage_best) > curriculum.min_delta:
+        if (
+            progress.stage_best is None
+            or sign * (value - progress.stage_best) > curriculum.min_delta
+        ):
             progress.stage_best, progress.num_without_gain = value, 0
         else:
             progress.num_without_gain += 1
@@ -172,11 +189,21 @@ class Coordinator:
 
 
 def applied_digest(
-    instruction: Instruction, temperature: float, kd_ratio: float, learning_rate: float, example_ids: Sequence[str]
+    instruction: Instruction,
+    temperature: float,
+    kd_ratio: float,
+    learning_rate: float,
+    example_ids: Sequence[str],
 ) -> int:
     """Returns 63 bits over what this rank is about to train with: read back, not as received."""
     numbers = struct.pack(
-        "<qqqddd", instruction.step, instruction.stage, instruction.step_in_stage, temperature, kd_ratio, learning_rate
+        "<qqqddd",
+        instruction.step,
+        instruction.stage,
+        instruction.step_in_stage,
+        temperature,
+        kd_ratio,
+        learning_rate,
     )
     digest = hashlib.sha256(numbers + "\0".join(example_ids).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -201,9 +228,8 @@ def agree(
     strays = [index for index, row in enumerate(rows) if row[0] != rows[0][0]]
     if strays:
         raise WorkerError(
-            f"step {instruction.step}, stage {instruction.stage}: rank(s) {', '.join(map(str, strays))} applied another "
-            "stage, temperature, KD ratio, learning rate or batch than rank 0; the step was not taken"
+            f"step {instruction.step}, stage {instruction.stage}: "
+            f"rank(s) {', '.join(map(str, strays))} applied another stage, temperature, "
+            "KD ratio, learning rate or batch than rank 0; the step was not taken"
         )
     return Agreement(sum(row[1] for row in rows), any(row[2] for row in rows))
-
-

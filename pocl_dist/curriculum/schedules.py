@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pocl_dist.config import ScheduleConfig
 from pocl_dist.config.schema import Schedule
 
-# With a single stage there is nothing to go between: plain distillation, T = 1 and ratio 1 (POCL 3.2).
+# With a single stage there is nothing to go between: plain distillation, T = 1
+# and ratio 1 (POCL 3.2).
 PLAIN_VALUE = 1.0
 
 
@@ -24,7 +25,8 @@ def _constant(start: float, end: float, progress: float) -> float:
     return start
 
 
-# To add a shape: a function of (start, end, progress 0..1) here, and its name in config.ScheduleConfig.
+# To add a shape: a function of (start, end, progress 0..1) here, and its name
+# in config.ScheduleConfig.
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     "linear": _linear,
     "cosine": _half_cosine,
@@ -35,7 +37,8 @@ SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
 def stage_values(schedule: Schedule, num_stages: int) -> tuple[float, ...]:
     """Returns one value per stage: of a number, of a table as written, or of a schedule's shape.
 
-    With one stage `linear` and `cosine` give 1.0, which is plain distillation for temperature and ratio.
+    With one stage `linear` and `cosine` give 1.0, which is plain distillation
+    for temperature and ratio.
     """
     if isinstance(schedule, list):
         return tuple(float(value) for value in schedule)
@@ -54,10 +57,12 @@ def cosine_learning_rate(
 ) -> float:
     """Returns the learning rate of a step, counted from 0 in its stage.
 
-    Linear warm-up to `peak`, then torch's CosineAnnealingLR over the steps that are left: `minimum` is
-    reached when all of them are done.
+    Linear warm-up to `peak`, then torch's CosineAnnealingLR over the steps that are left: `minimum`
+    is reached when all of them are done.
     """
     if step_in_stage < warmup_steps:
-        return peak * (step_in_stage + 1) / (warmup_steps + 1)  # the step after the warm-up has the peak
+        return (
+            peak * (step_in_stage + 1) / (warmup_steps + 1)
+        )  # the step after the warm-up has the peak
     progress = (step_in_stage - warmup_steps) / max(1, num_steps - warmup_steps)
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

@@ -1,6 +1,7 @@
 """The stages of the curriculum: which part of the ranking, for how long, at which values.
 
-"Baby Step": stage i trains on the union of the parts 0..i, easy to hard (POCL section 3.2). Needs no torch.
+"Baby Step": stage i trains on the union of the parts 0..i, easy to hard (POCL
+section 3.2). Needs no torch.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ def stage_sizes(num_ranked: int, num_stages: int) -> tuple[int, ...]:
     return (*(part * (index + 1) for index in range(num_stages - 1)), num_ranked)
 
 
-def make_stages(num_ranked: int, curriculum: CurriculumConfig, global_batch_size: int) -> tuple[Stage, ...]:
+def make_stages(
+    num_ranked: int, curriculum: CurriculumConfig, global_batch_size: int
+) -> tuple[Stage, ...]:
     """Returns the stages of a ranking of `num_ranked` examples.
 
-    `visits_per_example` gives all stages the same epochs, such that an example is visited so often in
-    the mean; a fraction of an epoch is allowed.
+    `visits_per_example` gives all stages the same epochs, such that an example is visited so often
+    in the mean; a fraction of an epoch is allowed.
     """
     num_stages = curriculum.num_stages
     sizes = stage_sizes(num_ranked, num_stages)
@@ -54,8 +57,8 @@ def make_stages(num_ranked: int, curriculum: CurriculumConfig, global_batch_size
 def order(ranked_ids: Sequence[str], ordering: str, seed: int) -> tuple[str, ...]:
     """Returns the ids in training order, given them easy to hard.
 
-    `curriculum` keeps them; the controls are `reversed` (hard to easy) and `shuffled`, a permutation of
-    the seed. The stages are cut from the result, so they stay cumulative.
+    `curriculum` keeps them; the controls are `reversed` (hard to easy) and `shuffled`, a
+    permutation of the seed. The stages are cut from the result, so they stay cumulative.
     """
     if ordering == "reversed":
         return tuple(reversed(ranked_ids))

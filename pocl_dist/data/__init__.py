@@ -1,1 +1,1 @@
-"""Rows: `sources` reads and checks them, `encoding` makes tokens and labels, `sampler` orders them."""
+"""Rows: `sources` reads and checks, `encoding` makes tokens and labels, `sampler` orders them."""

@@ -17,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from pocl_dist.errors import ConfigError, DataError, MismatchError
 from pocl_dist.records import IGNORE_INDEX, Batch, EncodedExample, Example
 
-_ALPACA = "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n"
+_ALPACA = (
+    "Below is an instruction that describes a task{more}. "
+    "Write a response that appropriately completes the request.\n\n"
+)
 _WITH_CONTEXT = ", paired with an input that provides further context"
 
 
@@ -34,13 +37,21 @@ class Encoder:
     """Renders and tokenises examples for one tokenizer and template."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, max_prompt_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        max_tokens: int,
+        max_prompt_tokens: int,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise MismatchError(f"the tokenizer {tokenizer.name_or_path} has no eos token: nothing can end an answer")
+            raise MismatchError(
+                f"the tokenizer {tokenizer.name_or_path} has no eos token: "
+                "nothing can end an answer"
+            )
         if template == "chat" and not tokenizer.chat_template:
             raise ConfigError(
-                f"data.template: 'chat' is not possible: the tokenizer {tokenizer.name_or_path} has no chat template"
+                "data.template: 'chat' is not possible: "
+                f"the tokenizer {tokenizer.name_or_path} has no chat template"
             )
         self.tokenizer = tokenizer
         self.template = template
@@ -56,7 +67,9 @@ class Encoder:
         if self.template == "short":
             return Prompt("### Instruction:\n", content, "\n\n### Response:\n")
         if self.template == "alpaca":
-            head = _ALPACA.format(more=_WITH_CONTEXT if example.context else "") + "### Instruction:\n"
+            head = (
+                _ALPACA.format(more=_WITH_CONTEXT if example.context else "") + "### Instruction:\n"
+            )
             if example.context:
                 content = f"{instruction}\n\n### Input:\n{example.context}"
             return Prompt(head, content, "\n\n### Response:\n")
@@ -64,20 +77,32 @@ class Encoder:
         return Prompt(before, content, after)
 
     def _render_chat(self, example: Example) -> Prompt:
-        content = (f"{example.prompt}\n{example.context}" if example.context else example.prompt).strip()
+        content = (
+            f"{example.prompt}\n{example.context}" if example.context else example.prompt
+        ).strip()
         messages = [{"role": role, "content": text} for role, text in example.history]
         messages.append({"role": "user", "content": content})
         try:
-            text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+            )
         except TemplateError as error:
-            raise DataError(f"row {example.example_id!r}: the chat template refuses its messages: {error}") from error
+            raise DataError(
+                f"row {example.example_id!r}: the chat template refuses its messages: {error}"
+            ) from error
         before, found, after = text.rpartition(content)
         if not found:
-            raise ConfigError("data.template: the tokenizer's chat template changes the text of the message")
+            raise ConfigError(
+                "data.template: the tokenizer's chat template changes the text of the message"
+            )
         return Prompt(before, content, after)
 
     def _ids(self, text: str, with_special: bool = False) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=with_special, verbose=False)["input_ids"])
+        ids = list(
+            self.tokenizer(text, add_special_tokens=with_special, verbose=False)["input_ids"]
+        )
         if with_special and ids and ids[-1] == self.tokenizer.eos_token_id and ids[0] != ids[-1]:
             ids.pop()  # a tokenizer that closes every text: the prompt is not the end
         return ids
@@ -100,13 +125,13 @@ class Encoder:
                 return before + self._ids(prompt.content)[-room:] + after, True
             if self.template != "chat" or not kept.history:
                 raise ConfigError(
-                    f"data.max_prompt_tokens: {self.max_prompt_tokens} leaves no room: the template alone takes "
-                    f"{len(before) + len(after)} tokens"
+                    f"data.max_prompt_tokens: {self.max_prompt_tokens} leaves no room: "
+                    f"the template alone takes {len(before) + len(after)} tokens"
                 )
             kept, is_cut = replace(kept, history=_without_oldest_turn(kept.history)), True
 
     def encode(self, example: Example) -> EncodedExample:
-        """Returns prompt + response + eos, both cut to their bounds; eos is lost only with a cut response."""
+        """Returns prompt + response + eos, both cut to bounds; only a cut response loses eos."""
         prompt_ids, is_prompt_cut = self.encode_prompt(example)
         response_ids = [*self._ids(example.references[0]), int(self.tokenizer.eos_token_id)]  # type: ignore[arg-type]
         room = self.max_tokens - len(prompt_ids)
@@ -120,14 +145,16 @@ class Encoder:
 
 
 def _without_oldest_turn(history: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """Returns the messages without the oldest question and its answer; a system message goes last."""
+    """Returns the messages without the oldest question and answer; a system message goes last."""
     first = 1 if history[0][0] == "system" and len(history) > 1 else 0
-    later_questions = [index for index, (role, _) in enumerate(history) if role == "user" and index > first]
+    later_questions = [
+        index for index, (role, _) in enumerate(history) if role == "user" and index > first
+    ]
     return history[:first] + history[later_questions[0] if later_questions else len(history) :]
 
 
 def shift_labels(token_ids: Sequence[int], num_prompt_tokens: int) -> tuple[list[int], list[int]]:
-    """Returns (inputs, labels), both one shorter than `token_ids`; labels of prompt tokens are ignored."""
+    """Returns (inputs, labels), both one shorter than `token_ids`; prompt labels are ignored."""
     labels = [IGNORE_INDEX] * (num_prompt_tokens - 1) + list(token_ids[num_prompt_tokens:])
     return list(token_ids[:-1]), labels
 
@@ -135,7 +162,8 @@ def shift_labels(token_ids: Sequence[int], num_prompt_tokens: int) -> tuple[list
 def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
     """Returns the rows padded on the right; without rows, one row of one masked token.
 
-    The dummy lets a rank without rows take part in every forward, backward and gather of the others.
+    The dummy lets a rank without rows take part in every forward, backward
+    and gather of the others.
     """
     if not examples:
         one = torch.tensor([[pad_id]])
@@ -150,6 +178,6 @@ def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the padding id; eos where there is none (masked by position, so it does not matter)."""
+    """Returns the padding id, else eos (masked by position, so it does not matter)."""
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def _permutation(seed: int, stage: int, epoch: int, num_examples: int) -> np.nda
 
 
 def num_visits(num_examples: int, epochs: float) -> int:
-    """Returns the example visits of a stage; a part of an epoch counts up to the next whole example."""
+    """Returns the example visits of a stage; part of an epoch rounds up to a whole example."""
     return max(1, math.ceil(num_examples * epochs - 1e-9))
 
 
@@ -35,7 +35,7 @@ def num_steps(num_examples: int, epochs: float, global_batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class StageSampler:
-    """The batches of one stage: epochs of fresh permutations, laid end to end and cut by the batch size.
+    """The batches of one stage: epochs of fresh permutations, end to end, cut by the batch size.
 
     A batch may span two epochs; the last batch of the stage is smaller.
     """
@@ -56,22 +56,25 @@ class StageSampler:
         return step * self.global_batch_size // self.num_examples
 
     def batch(self, step: int) -> list[int]:
-        """Returns positions in the ranking, each below `num_examples`, of the stage's step `step`."""
+        """Returns positions in the ranking, each < `num_examples`, of the stage's step `step`."""
         start = step * self.global_batch_size
         stop = min(start + self.global_batch_size, num_visits(self.num_examples, self.epochs))
         positions = []
         for visit in range(start, stop):
             epoch, offset = divmod(visit, self.num_examples)
-            positions.append(int(_permutation(self.seed, self.stage, epoch, self.num_examples)[offset]))
+            positions.append(
+                int(_permutation(self.seed, self.stage, epoch, self.num_examples)[offset])
+            )
         return positions
 
 
 def micro_batches_of_rank(
     batch: Sequence[T], rank: int, world_size: int, micro_batch_size: int, num_micro_batches: int
 ) -> list[Sequence[T]]:
-    """Returns this rank's share of a global batch, in exactly `num_micro_batches` parts; some may be empty.
+    """Returns this rank's share of a global batch, in exactly `num_micro_batches` parts.
 
-    Every rank gets the same number of parts, so that all take part in the same collectives.
+    Every rank gets the same number of parts (some may be empty), so that all take
+    part in the same collectives.
     """
     share = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
     starts = range(0, num_micro_batches * micro_batch_size, micro_batch_size)

@@ -1,7 +1,7 @@
 """Hub id, JSONL or Parquet -> Examples, with file and row in every complaint.
 
-`datasets` by itself accepts nulls, duplicate ids and mixed types in silence and refuses broken lines
-without naming them, so files are read here, strictly; hub ids go through `datasets`.
+`datasets` by itself accepts nulls, duplicate ids and mixed types in silence and refuses broken
+lines without naming them, so files are read here, strictly; hub ids go through `datasets`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _BadRowError(ValueError):
     """Carries the reason of one bad row to the policy."""
 
 
-# ---------------------------------------------------------------------------------- one row -> Example
+# ------------------------------------------------------------------------------- one row -> Example
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -65,7 +65,9 @@ def parse_line(line: bytes) -> dict[str, object]:
     if len(line) > MAX_ROW_BYTES:
         raise _BadRowError(f"longer than {MAX_ROW_BYTES} bytes")
     try:
-        row = json.loads(line.rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_refuse_repeated_keys)
+        row = json.loads(
+            line.rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_refuse_repeated_keys
+        )
     except UnicodeDecodeError as error:
         raise _BadRowError(f"not UTF-8 at byte {error.start} of the row") from error
     except json.JSONDecodeError as error:
@@ -93,7 +95,9 @@ def _text(row: Mapping[str, object], name: str, can_be_empty: bool = False) -> s
     if value is None:
         if can_be_empty and name not in row:
             return ""
-        raise _BadRowError(f"lacks field {name!r}" if name not in row else f"field {name!r} is null")
+        raise _BadRowError(
+            f"lacks field {name!r}" if name not in row else f"field {name!r} is null"
+        )
     if not isinstance(value, str):
         raise _BadRowError(f"field {name!r} is {type(value).__name__}, expected text")
     if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
@@ -146,7 +150,7 @@ def parse_row(row: Mapping[str, object]) -> Example:
     return Example(name, example.prompt, example.context, example.references, example.history)
 
 
-# ------------------------------------------------------------------------------------- source -> rows
+# ----------------------------------------------------------------------------------- source -> rows
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object] | _BadRowError]]:
@@ -178,8 +182,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object] | _BadRow
             for row in batch.to_pylist():
                 number += 1
                 yield number, {key: value for key, value in row.items() if value is not None}
-    except (ArrowException, OSError, UnicodeDecodeError) as error:  # damaged files raise any of these
-        raise DataError(f"{path}: not a readable Parquet file, after row {number}: {error}") from error
+    except (
+        ArrowException,
+        OSError,
+        UnicodeDecodeError,
+    ) as error:  # damaged files raise any of these
+        raise DataError(
+            f"{path}: not a readable Parquet file, after row {number}: {error}"
+        ) from error
 
 
 def _hub_rows(source: str) -> Iterator[tuple[int, dict[str, object] | _BadRowError]]:
@@ -190,7 +200,9 @@ def _hub_rows(source: str) -> Iterator[tuple[int, dict[str, object] | _BadRowErr
     try:
         rows = datasets.load_dataset(name, split=split or "train", revision=revision or None)
     except (ConnectionError, OSError) as error:
-        raise UnavailableError(f"data set {source!r} is no local file and the hub gave: {error}") from error
+        raise UnavailableError(
+            f"data set {source!r} is no local file and the hub gave: {error}"
+        ) from error
     except ValueError as error:
         raise DataError(f"data set {source!r}: {error}") from error
     for number, row in enumerate(rows, start=1):
@@ -214,13 +226,18 @@ def _open(source: str, key: str) -> Iterator[tuple[int, dict[str, object] | _Bad
 
 
 def read_rows(
-    source: str, key: str, *, limit: int | None = None, on_bad_row: str = "fail", max_bad_rows: int = 100
+    source: str,
+    key: str,
+    *,
+    limit: int | None = None,
+    on_bad_row: str = "fail",
+    max_bad_rows: int = 100,
 ) -> Rows:
     """Returns the Examples of `source`; `key` is the config key that named it.
 
-    A row without id gets a hash of its content, identical rows `-2`, `-3`. Raises DataError (65) with
-    file and row for the first bad row, or, with `on_bad_row` "quarantine", for more than `max_bad_rows`
-    of them; MissingInputError (66) for a file that is not there.
+    A row without id gets a hash of its content, identical rows `-2`, `-3`. Raises DataError (65)
+    with file and row for the first bad row, or, with `on_bad_row` "quarantine", for more than
+    `max_bad_rows` of them; MissingInputError (66) for a file that is not there.
     """
     examples: list[Example] = []
     bad_rows: list[BadRow] = []
@@ -237,20 +254,28 @@ def read_rows(
                 example = _with_content_id(example, num_same)
             if example.example_id in row_of_id:
                 raise _BadRowError(
-                    f"id {_shown(example.example_id)} is that of row {row_of_id[example.example_id]} too"
+                    f"id {_shown(example.example_id)} is that of row "
+                    f"{row_of_id[example.example_id]} too"
                 )
         except _BadRowError as error:
             bad_rows.append(BadRow(source, number, str(error)))
             if on_bad_row == "fail":
                 raise DataError(f"{bad_rows[-1]}") from None
             if len(bad_rows) > max_bad_rows:
-                raise DataError(f"{bad_rows[-1]} (bad row {len(bad_rows)}; data.max_bad_rows is {max_bad_rows})") from None
+                raise DataError(
+                    f"{bad_rows[-1]} (bad row {len(bad_rows)}; data.max_bad_rows is {max_bad_rows})"
+                ) from None
             continue
         row_of_id[example.example_id] = number
         examples.append(example)
     if not examples:
         raise DataError(f"{source}: no row left ({len(bad_rows)} bad rows)")
-    digest = digest_of([list(map(str, (e.example_id, e.prompt, e.context, e.references, e.history))) for e in examples])
+    digest = digest_of(
+        [
+            list(map(str, (e.example_id, e.prompt, e.context, e.references, e.history)))
+            for e in examples
+        ]
+    )
     return Rows(source, tuple(examples), tuple(bad_rows), digest)
 
 

@@ -1,4 +1,4 @@
-"""One ranking from several signals: reciprocal rank fusion (POCL section 3.1). Pure; needs no torch."""
+"""One ranking from several signals: reciprocal rank fusion (POCL section 3.1). Pure; no torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from pocl_dist.records import DifficultyRecord, RankedExample
 
 
 def rank(values: Sequence[float], higher_is_easier: bool) -> list[float]:
-    """Returns the rank of each value, the easiest 1; equal values share the mean rank of their group.
+    """Returns the rank of each value, the easiest 1; equal values share their group's mean rank.
 
     Raises DataError (65) for a value that is not finite: NaN has no place in any order.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if not np.isfinite(numbers).all():
         first = int(np.flatnonzero(~np.isfinite(numbers))[0])
-        raise DataError(f"value {first + 1} of {len(numbers)} is {numbers[first]}: a score must be finite")
+        raise DataError(
+            f"value {first + 1} of {len(numbers)} is {numbers[first]}: a score must be finite"
+        )
     _, group, sizes = np.unique(
         -numbers if higher_is_easier else numbers, return_inverse=True, return_counts=True
     )
@@ -28,7 +30,7 @@ def rank(values: Sequence[float], higher_is_easier: bool) -> list[float]:
 
 
 def fuse(records: Sequence[DifficultyRecord], k: float) -> list[RankedExample]:
-    """Returns the examples from easy to hard by `sum over signals of 1 / (k + rank)`, larger = easier.
+    """Returns the examples easy to hard by `sum over signals of 1 / (k + rank)`, larger = easier.
 
     Equal fused scores are ordered by example id, so the ranking is a function of the scores alone.
     """
@@ -44,7 +46,9 @@ def fuse(records: Sequence[DifficultyRecord], k: float) -> list[RankedExample]:
         fields = {name: columns[name][index] for name in SIGNALS}
         fields |= {f"rank_{name}": ranks[name][index] for name in SIGNALS}
         fused_score = sum(1 / (k + ranks[name][index]) for name in SIGNALS)
-        ranked.append(RankedExample(example_id=record.example_id, fused_score=fused_score, **fields))
+        ranked.append(
+            RankedExample(example_id=record.example_id, fused_score=fused_score, **fields)
+        )
     return sorted(ranked, key=lambda example: (-example.fused_score, example.example_id))
 
 

@@ -1,7 +1,7 @@
 """What actors are sent: fixed batches of rows, and shards of whole batches.
 
-The batches are a function of the rows and the batch size alone. Padding decides rounding, so results are
-the same bits for any number of actors, any shard size and any interruption.
+The batches are a function of the rows and the batch size alone. Padding decides rounding, so
+results are the same bits for any number of actors, any shard size and any interruption.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class WorkShard:
 
     @property
     def name(self) -> str:
-        """Returns its file's name: that of its first batch, so no two layouts of shards can collide."""
+        """Returns its file's name: that of its first batch, so no two shard layouts can collide."""
         return f"shard-{self.batches[0].index:05d}"
 
 
 def make_batches(
     examples: Iterable[EncodedExample], references: Mapping[str, tuple[str, ...]], batch_size: int
 ) -> tuple[WorkBatch, ...]:
-    """Returns all rows, sorted by prompt length and then id, cut into batches; `references` is by id."""
+    """Returns all rows sorted by prompt length, then id, cut into batches; `references` by id."""
     rows = sorted(examples, key=lambda example: (example.num_prompt_tokens, example.example_id))
     cuts = [tuple(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     return tuple(
@@ -57,13 +57,16 @@ def make_batches(
 
 
 def make_shards(batches: Sequence[WorkBatch], shard_size: int) -> tuple[WorkShard, ...]:
-    """Returns shards of at least `shard_size` rows in whole batches, those with the longest prompts first.
+    """Returns shards of at least `shard_size` rows in whole batches, longest prompts first.
 
-    So a batch that does not fit into memory shows at once, and the end of the pass is made of short work.
+    So a batch that does not fit into memory shows at once, and the end of the
+    pass is made of short work.
     """
     if not batches:
         return ()
     batch_size = max(len(batch.examples) for batch in batches)
     per_shard = -(-shard_size // batch_size)
-    cuts = [tuple(batches[start : start + per_shard]) for start in range(0, len(batches), per_shard)]
+    cuts = [
+        tuple(batches[start : start + per_shard]) for start in range(0, len(batches), per_shard)
+    ]
     return tuple(WorkShard(cut) for cut in reversed(cuts))

@@ -61,12 +61,15 @@ class ModelWorker:
         return str(device)
 
     def _check_model(self) -> None:
-        """Raises MismatchError (78) when the folder is not what the driver saw: another node, new weights."""
+        """Raises MismatchError (78) when the folder is not what the driver saw.
+
+        It is that of another node, or has new weights.
+        """
         source = self.settings.model
         if model_digest(source) != self.settings.model_digest:
             raise MismatchError(
-                f"{source.origin}: the weights in {source.folder} on {socket.gethostname()} are not those "
-                "that the driver found there"
+                f"{source.origin}: the weights in {source.folder} on {socket.gethostname()} "
+                "are not those that the driver found there"
             )
 
     def answer(self, shard: WorkShard) -> Answers:
@@ -75,7 +78,9 @@ class ModelWorker:
         for batch in shard.batches:
             sampling = replace(self.settings.sampling, seed=batch.seed(shard.seed))
             answers = self._within_memory(partial(self._answers, sampling=sampling), batch)
-            texts |= {row.example_id: text for row, text in zip(batch.examples, answers, strict=True)}
+            texts |= {
+                row.example_id: text for row, text in zip(batch.examples, answers, strict=True)
+            }
         return Answers(texts)
 
     def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
@@ -91,7 +96,9 @@ class ModelWorker:
 
     def _answers(self, batch: WorkBatch, sampling: Sampling) -> list[str]:
         model, tokenizer = self._loaded()
-        return generate_answers(model, tokenizer, [row.prompt_ids for row in batch.examples], sampling)
+        return generate_answers(
+            model, tokenizer, [row.prompt_ids for row in batch.examples], sampling
+        )
 
     def _measure_batch(self, batch: WorkBatch) -> list[DifficultyRecord]:
         model, tokenizer = self._loaded()
@@ -112,8 +119,10 @@ class ModelWorker:
         try:
             return work(batch)
         except torch.OutOfMemoryError as error:
-            # Not halved silently: another padding rounds differently, and the result would depend on the GPU.
+            # Not halved silently: another padding rounds differently, and the result
+            # would depend on the GPU.
             raise ConfigError(
                 f"generation.batch_size: {len(batch.examples)} prompts of up to "
-                f"{batch.examples[-1].num_prompt_tokens} tokens do not fit into the device's memory; lower it"
+                f"{batch.examples[-1].num_prompt_tokens} tokens "
+                "do not fit into the device's memory; lower it"
             ) from error

@@ -1,1 +1,1 @@
-"""Several processes: the process group and DeepSpeed engines of distill, the Ray actors of measure and evaluate."""
+"""Processes: process group and DeepSpeed engines of distill, Ray actors of measure and evaluate."""

@@ -1,8 +1,8 @@
 """Checkpoints: whole tensors by name, in safetensors, committed by one rename, verified when read.
 
 DeepSpeed's own are pickles, tied to a world size, and its `latest` file can name a half-written one
-(docs/decisions/checkpoints.md). Here each parameter, and each moment of AdamW, is gathered and written
-once, by the rank whose turn it is, so that any number of ranks can read it back.
+(docs/decisions/checkpoints.md). Here each parameter, and each moment of AdamW, is gathered and
+written once, by the rank whose turn it is, so that any number of ranks can read it back.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Checkpoint:
     loss_scale: float | None
 
     def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (parameter name, whole tensor on CPU) of one kind: `weights`, `exp_avg` or `exp_avg_sq`."""
+        """Yields (parameter name, whole CPU tensor) of `weights`, `exp_avg` or `exp_avg_sq`."""
         from safetensors import safe_open
 
         for file in sorted(self.folder.glob("*.safetensors")):
@@ -72,7 +72,10 @@ def _fsync_file(path: Path) -> None:
 def _collect_share(engine: DeepSpeedEngine, rank: Rank) -> dict[str, torch.Tensor]:
     """Returns this rank's share of all tensors, on CPU. Collective."""
     share = {}
-    sources = [(WEIGHTS, master_parameters(engine)), *((key, moments(engine, key)) for key in MOMENTS)]
+    sources = [
+        (WEIGHTS, master_parameters(engine)),
+        *((key, moments(engine, key)) for key in MOMENTS),
+    ]
     for kind, named in sources:
         for turn, (name, value) in enumerate(named):
             if turn % rank.world_size == rank.index:
@@ -99,7 +102,10 @@ def save_checkpoint(
     file = temporary / f"rank-{rank.index:05d}.safetensors"
     try:
         if free_bytes(folder) < needed:
-            raise StorageError(f"checkpoint needs {needed} bytes on this rank, {free_bytes(folder)} are free at {folder}")
+            raise StorageError(
+                f"checkpoint needs {needed} bytes on this rank, "
+                f"{free_bytes(folder)} are free at {folder}"
+            )
         save_file(share, file)
         _fsync_file(file)
         line = f"{file.name} {file.stat().st_size} {sha256_file(file)}"
@@ -115,7 +121,9 @@ def save_checkpoint(
         raise StorageError(problems[0])
     sizes = {name: (int(size), digest) for name, size, digest in (text.split() for text in lines)}
     if rank.is_main:
-        files: list[JSONValue] = [{"path": n, "bytes": s, "sha256": d} for n, (s, d) in sorted(sizes.items())]
+        files: list[JSONValue] = [
+            {"path": n, "bytes": s, "sha256": d} for n, (s, d) in sorted(sizes.items())
+        ]
         scale = getattr(engine.optimizer, "cur_scale", None) if engine.fp16_enabled() else None
         manifest: dict[str, JSONValue] = {
             "format": 1,
@@ -144,7 +152,7 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_step: int) -> None:
 
 
 def _damage(folder: Path, rank: Rank) -> str:
-    """Returns what is wrong with this rank's share of a checkpoint's files; empty when nothing is."""
+    """Returns what is wrong with this rank's share of a checkpoint's files; empty if nothing is."""
     try:
         manifest = read_json(folder / MANIFEST)
     except (OSError, ValueError) as error:
@@ -175,7 +183,9 @@ def find_checkpoint(folder: Path, rank: Rank, only_step: int | None = None) -> C
         if newest < 0:
             damaged = [path.name for path in sorted(folder.glob("bad-*"))]
             if damaged:
-                raise MismatchError(f"{folder}: no checkpoint verifies; damaged: {', '.join(damaged)}")
+                raise MismatchError(
+                    f"{folder}: no checkpoint verifies; damaged: {', '.join(damaged)}"
+                )
             return None
         path = folder / f"step-{newest:08d}"
         damages = [text for text in gather_texts(_damage(path, rank), rank) if text]
@@ -192,7 +202,7 @@ def find_checkpoint(folder: Path, rank: Rank, only_step: int | None = None) -> C
 
 
 def restore_optimizer(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
-    """Sets master weights, moments, step count and loss scale; the weights themselves are loaded before."""
+    """Sets master weights, moments, step count and loss scale; the weights are loaded before."""
     parameters = dict(engine.module.named_parameters())
     for name, value in checkpoint.tensors(WEIGHTS):
         set_master_parameter(parameters[name], value)
@@ -205,7 +215,7 @@ def restore_optimizer(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
 
 
 def agree_on_digest(digest: str, rank: Rank, what: str) -> None:
-    """Raises MismatchError (78), on all ranks, naming those whose `what` differs from rank 0's. Collective."""
+    """Raises MismatchError (78), on all, naming ranks whose `what` is not rank 0's. Collective."""
     rows = gather_texts(digest, rank)
     strays = [str(index) for index, row in enumerate(rows) if row != rows[0]]
     if strays:

@@ -1,4 +1,4 @@
-"""The few small collectives of the train loop. Every function here is collective: all ranks call it."""
+"""The few small collectives of the train loop: all ranks call every function here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pocl_dist.distributed.process_group import Rank
 
 
 def broadcast_floats(values: Sequence[float], rank: Rank) -> list[float]:
-    """Returns rank 0's values on every rank, as fp64; the number of values must be the same on all."""
+    """Returns rank 0's values on every rank, as fp64; their number must be the same on all."""
     tensor = torch.tensor(values, dtype=torch.float64, device=rank.device)
     dist.broadcast(tensor, src=0)
     return [float(value) for value in tensor.tolist()]

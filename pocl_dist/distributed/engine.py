@@ -23,11 +23,14 @@ _NEVER = 10**12
 
 
 def num_micro_batches(global_batch_size: int, world_size: int, micro_batch_size: int) -> int:
-    """Returns the forward passes of every rank per optimizer step; raises ConfigError when rows cannot be shared."""
+    """Returns the forward passes of every rank per optimizer step.
+
+    Raises ConfigError when rows cannot be shared.
+    """
     if global_batch_size % world_size:
         raise ConfigError(
-            f"engine.global_batch_size: {global_batch_size} rows cannot be shared by {world_size} ranks; "
-            "use a multiple of them"
+            f"engine.global_batch_size: {global_batch_size} rows cannot be shared "
+            f"by {world_size} ranks; use a multiple of them"
         )
     return math.ceil(global_batch_size / world_size / micro_batch_size)
 
@@ -54,14 +57,21 @@ def student_engine_config(config: Config, rank: Rank) -> dict[str, JSONValue]:
     engine = config.engine
     zero: dict[str, JSONValue] = {"stage": engine.zero_stage}
     if engine.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": engine.offload_optimizer, "pin_memory": rank.device.type == "cuda"}
+        zero["offload_optimizer"] = {
+            "device": engine.offload_optimizer,
+            "pin_memory": rank.device.type == "cuda",
+        }
     if engine.offload_param != "none":
-        zero["offload_param"] = {"device": engine.offload_param, "pin_memory": rank.device.type == "cuda"}
+        zero["offload_param"] = {
+            "device": engine.offload_param,
+            "pin_memory": rank.device.type == "cuda",
+        }
     return {
         **_common(config, rank),
         "zero_optimization": zero | engine.zero_options,
         "gradient_clipping": config.optimizer.grad_clip,
-        # torch's AdamW on offloaded state: the compiled CPU Adam is asked for below where there is a GPU.
+        # torch's AdamW on offloaded state: the compiled CPU Adam is asked for
+        # below where there is a GPU.
         "zero_force_ds_cpu_optimizer": False,
     }
 
@@ -70,36 +80,55 @@ def teacher_engine_config(config: Config, rank: Rank) -> dict[str, JSONValue]:
     """Returns the DeepSpeed config of the frozen teacher: ZeRO-3 without optimizer."""
     zero: dict[str, JSONValue] = {"stage": 3}
     if config.teacher.offload_param != "none":
-        zero["offload_param"] = {"device": config.teacher.offload_param, "pin_memory": rank.device.type == "cuda"}
+        zero["offload_param"] = {
+            "device": config.teacher.offload_param,
+            "pin_memory": rank.device.type == "cuda",
+        }
     return {**_common(config, rank), "zero_optimization": zero}
 
 
 def _adamw(module: nn.Module, config: Config, rank: Rank) -> torch.optim.Optimizer:
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.optimizer.weight_decay},
+        {
+            "params": [p for p in trained if p.ndim >= 2],
+            "weight_decay": config.optimizer.weight_decay,
+        },
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     beta1, beta2 = config.optimizer.betas
-    # lr 0: ZeRO-3 takes one step with zero gradients to allocate the moments; it must not decay weights.
+    # lr 0: ZeRO-3 takes one step with zero gradients to allocate the moments; it
+    # must not decay weights.
     if config.engine.offload_optimizer != "none" and rank.device.type == "cuda":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return cast("torch.optim.Optimizer", DeepSpeedCPUAdam(groups, lr=0.0, betas=(beta1, beta2), eps=config.optimizer.eps))
+        return cast(
+            "torch.optim.Optimizer",
+            DeepSpeedCPUAdam(groups, lr=0.0, betas=(beta1, beta2), eps=config.optimizer.eps),
+        )
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=config.optimizer.eps)
 
 
 def build_student_engine(module: nn.Module, config: Config, rank: Rank) -> DeepSpeedEngine:
-    """Returns the engine that trains `module`, AdamW's state empty and its learning rate 0. Collective."""
+    """Returns the engine that trains `module`, AdamW's state empty, learning rate 0. Collective."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if config.engine.zero_stage == 0 and torch_dtype(config.engine.dtype, rank.device) != torch.float32:
-        raise ConfigError("engine.zero_stage: 0 trains in fp32 only; use stage 1, 2 or 3 with engine.dtype bf16 or fp16")
+    if (
+        config.engine.zero_stage == 0
+        and torch_dtype(config.engine.dtype, rank.device) != torch.float32
+    ):
+        raise ConfigError(
+            "engine.zero_stage: 0 trains in fp32 only; use stage 1, 2 or 3 "
+            "with engine.dtype bf16 or fp16"
+        )
     optimizer = _adamw(module, config, rank)
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=student_engine_config(config, rank), dist_init_required=False
+        model=module,
+        optimizer=optimizer,
+        config=student_engine_config(config, rank),
+        dist_init_required=False,
     )
     engine = cast("DeepSpeedEngine", engine)
     _allocate_moments(engine)
@@ -110,13 +139,15 @@ def build_student_engine(module: nn.Module, config: Config, rank: Rank) -> DeepS
 def _allocate_moments(engine: DeepSpeedEngine) -> None:
     """Creates AdamW's moments, zero, before the first step would, so that they can be set.
 
-    Also goes around a fault of DeepSpeed 0.19: ZeRO 1 and 2 link parameters to moments after the first
-    group's step, when those of the second group do not exist yet.
+    Also goes around a fault of DeepSpeed 0.19: ZeRO 1 and 2 link parameters to moments after the
+    first group's step, when those of the second group do not exist yet.
     """
     optimizer = inner_optimizer(engine)
     # ZeRO-3 keys the state by its flat partitions, which are in no parameter group between steps.
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    parameters = flat or [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = flat or [
+        parameter for group in optimizer.param_groups for parameter in group["params"]
+    ]
     first_step = torch.tensor(0.0) if isinstance(optimizer, torch.optim.AdamW) else 0
     for parameter in parameters:
         if not optimizer.state[parameter]:
@@ -137,7 +168,9 @@ def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def _adam_states(engine: DeepSpeedEngine) -> Iterator[dict[str, object]]:
-    yield from (cast("dict[str, object]", state) for state in inner_optimizer(engine).state.values())
+    yield from (
+        cast("dict[str, object]", state) for state in inner_optimizer(engine).state.values()
+    )
 
 
 def reset_optimizer(engine: DeepSpeedEngine) -> None:

@@ -1,4 +1,4 @@
-"""Whole parameters out of a partitioned module, one at a time. Collective: all ranks walk the same list."""
+"""Whole parameters of a partitioned module, one at a time. Collective: ranks walk the same list."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def gathered(parameters: Iterable[nn.Parameter | None]) -> AbstractContextManager[object]:
-    """Returns a context in which the parameters are whole on every rank; they are not written to."""
+    """Returns a context where the parameters are whole on every rank; they are not written to."""
     partitioned = [p for p in parameters if p is not None and is_partitioned(p)]
     if not partitioned:
         return nullcontext()
@@ -71,7 +71,9 @@ def set_master_parameter(parameter: nn.Parameter, value: torch.Tensor) -> None:
     safe_set_full_fp32_param(parameter, value)
 
 
-def set_moment(engine: DeepSpeedEngine, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+def set_moment(
+    engine: DeepSpeedEngine, parameter: nn.Parameter, key: str, value: torch.Tensor
+) -> None:
     """Sets one of AdamW's moments of a parameter from its whole tensor."""
     from deepspeed.utils import safe_set_full_optimizer_state
 

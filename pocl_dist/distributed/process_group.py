@@ -32,7 +32,7 @@ class Rank:
 
 
 def is_launched() -> bool:
-    """Returns whether a launcher (deepspeed, torchrun, srun wrapper) started this process as a rank."""
+    """Returns whether a launcher (deepspeed, torchrun, srun wrapper) started this as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -59,7 +59,11 @@ def join_process_group(timeout_seconds: float) -> Rank:
     if has_gpu:
         torch.cuda.set_device(device)
     else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+        ranks_here = int(
+            os.environ.get(
+                "LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
+            )
+        )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     try:
         deepspeed.init_distributed(
@@ -70,11 +74,21 @@ def join_process_group(timeout_seconds: float) -> Rank:
         )
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UnavailableError(f"rank {os.environ['RANK']} could not join the others at {address}: {error}") from error
+        raise UnavailableError(
+            f"rank {os.environ['RANK']} could not join the others at {address}: {error}"
+        ) from error
     return Rank(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
-_LOST_PEER = ("closed by peer", "timed out", "timeout", "connection reset", "broken pipe", "nccl", "gloo")
+_LOST_PEER = (
+    "closed by peer",
+    "timed out",
+    "timeout",
+    "connection reset",
+    "broken pipe",
+    "nccl",
+    "gloo",
+)
 
 
 @contextmanager

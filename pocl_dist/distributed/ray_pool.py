@@ -45,7 +45,7 @@ class _Call:
 
 
 def actor_shape(config: RayConfig, num_cpus: float, num_gpus: float, num_shards: int) -> ActorShape:
-    """Returns the actors for a cluster: one per GPU, or as many as the CPUs allow, unless the config says.
+    """Returns a cluster's actors: one per GPU, or as many as CPUs allow, unless the config says.
 
     More actors than GPUs share them in equal parts. Never more actors than shards.
     """
@@ -67,17 +67,24 @@ def _reason(error: BaseException) -> str:
 class ActorPool(Generic[ShardT]):
     """The actors of one worker class. Needs a `ray_session`; its context ends them.
 
-    The worker class has `__init__(settings)`, which is cheap, `start()`, which loads, and methods that
-    take one shard. Exceptions of theirs that are PoclErrors arrive as they are.
+    The worker class has `__init__(settings)`, which is cheap, `start()`, which loads, and methods
+    that take one shard. Exceptions of theirs that are PoclErrors arrive as they are.
     """
 
     def __init__(
-        self, worker: type, settings: object, config: RayConfig, num_shards: int, note: Callable[[str], None]
+        self,
+        worker: type,
+        settings: object,
+        config: RayConfig,
+        num_shards: int,
+        note: Callable[[str], None],
     ) -> None:
         import ray
 
         resources = ray.cluster_resources()
-        self.shape = actor_shape(config, resources.get("CPU", 1), resources.get("GPU", 0), num_shards)
+        self.shape = actor_shape(
+            config, resources.get("CPU", 1), resources.get("GPU", 0), num_shards
+        )
         self._timeout_seconds = config.start_timeout_seconds
         self._worker = worker
         self._settings = settings
@@ -101,10 +108,11 @@ class ActorPool(Generic[ShardT]):
     def map(
         self, method: str, shards: Mapping[str, ShardT], poll: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[str, object]]:
-        """Yields (name, result of `method`) of every shard as it is done; an idle actor takes the next.
+        """Yields (name, result of `method`) of every shard once done; an idle actor takes the next.
 
-        `poll` is called at least every second; what it raises ends the pass. Raises WorkerError (71) when
-        a shard has lost its actor three times, UnavailableError (69) when no actor finds a place in time.
+        `poll` is called at least every second; what it raises ends the pass. Raises
+        WorkerError (71) when a shard has lost its actor three times, UnavailableError (69)
+        when no actor finds a place in time.
         """
         import ray
 
@@ -136,7 +144,9 @@ class ActorPool(Generic[ShardT]):
                 num_open -= 1
                 yield call.shard_name, value
 
-    def _send_next(self, call: _Call, method: str, shards: Mapping[str, ShardT], waiting: deque[str]) -> None:
+    def _send_next(
+        self, call: _Call, method: str, shards: Mapping[str, ShardT], waiting: deque[str]
+    ) -> None:
         import ray
 
         if call.is_placing:
@@ -152,7 +162,10 @@ class ActorPool(Generic[ShardT]):
 
         remote_class = cast("ActorClass[object]", ray.remote(self._worker))
         options = remote_class.options(
-            num_cpus=self.shape.num_cpus, num_gpus=self.shape.num_gpus, max_restarts=0, max_task_retries=0
+            num_cpus=self.shape.num_cpus,
+            num_gpus=self.shape.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
         )
         actor = cast("ActorHandle", options.remote(self._settings))
         self._calls[actor.__ray_ready__.remote()] = _Call(actor, None, is_placing=True)
@@ -160,7 +173,8 @@ class ActorPool(Generic[ShardT]):
     def _check_placed(self, last_placed: float) -> None:
         if time.monotonic() - last_placed > self._timeout_seconds:
             raise UnavailableError(
-                f"Ray found no place for an actor ({self.shape.num_cpus} CPUs, {self.shape.num_gpus:g} GPUs) "
+                f"Ray found no place for an actor ({self.shape.num_cpus} CPUs, "
+                f"{self.shape.num_gpus:g} GPUs) "
                 f"within {self._timeout_seconds:g} s (ray.start_timeout_seconds)"
             )
 

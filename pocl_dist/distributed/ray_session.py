@@ -1,7 +1,8 @@
-"""Starts and stops Ray: a private local one, or an existing cluster; always with token authentication.
+"""Starts and stops Ray, private and local or an existing cluster; always with token authentication.
 
-Ray's ports listen on every interface whatever one asks for, so the token is the guard (OPERATIONS: Ray's
-own token file is world-readable, ours is 0600 in a 0700 folder). Dashboard and usage statistics are off.
+Ray's ports listen on every interface whatever one asks for, so the token is the guard
+(OPERATIONS: Ray's own token file is world-readable, ours is 0600 in a 0700 folder). Dashboard and
+usage statistics are off.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def _private_folder() -> Path:
     short = usual if len(usual) <= LONGEST_TEMPORARY_PATH else "/tmp"
     folder = Path(tempfile.mkdtemp(prefix="pocl-", dir=short))
     owner = os.getpid()
-    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    atexit.register(
+        lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None
+    )
     return folder
 
 
@@ -109,14 +112,19 @@ def _has_token() -> bool:
 def _check_reachable(address: str, timeout_seconds: float) -> None:
     """Raises UnavailableError (69) unless a Ray driver can join `address` in time.
 
-    Tried in a process of its own, since `ray.init` retries for minutes in C++ and cannot be interrupted.
+    Tried in a process of its own, since `ray.init` retries for minutes in C++
+    and cannot be interrupted.
     """
     token = "set" if _has_token() else "unset"
-    complaint = f"ray.address: cannot reach Ray at {address} within {timeout_seconds:g} s (token: {token})"
+    complaint = (
+        f"ray.address: cannot reach Ray at {address} within {timeout_seconds:g} s (token: {token})"
+    )
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
-            raise ConfigError(f"ray.address: {address!r} is not allowed: 'auto', or the head's HOST:PORT")
+            raise ConfigError(
+                f"ray.address: {address!r} is not allowed: 'auto', or the head's HOST:PORT"
+            )
         try:
             socket.create_connection((host, int(port)), timeout=timeout_seconds).close()
         except OSError as error:
@@ -144,14 +152,16 @@ def _join_cluster(address: str, timeout_seconds: float) -> None:
 
 @contextlib.contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
-    """Holds a connection to Ray; on exit its processes, devices and files are gone (a cluster's stay).
+    """Holds a connection to Ray; on exit its processes, devices, files are gone (a cluster's stay).
 
-    Inside another session it changes nothing. Raises UnavailableError (69) when Ray cannot be reached.
+    Inside another session it changes nothing. Raises UnavailableError (69)
+    when Ray cannot be reached.
     """
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPU keeps the caller's environment
+        # An actor without GPU keeps the caller's environment.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     if config.address is None:
         environment["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
@@ -161,7 +171,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         if ray.is_initialized():
             yield
             return
-        # Ray reads its environment once, at import; who imported it before us did so without the token.
+        # Ray reads its environment once, at import; who imported it before us
+        # did so without the token.
         ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
         if config.address is None:
             _start_local(config)

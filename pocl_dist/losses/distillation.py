@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from pocl_dist.errors import ConfigError
 from pocl_dist.config.loss_names import temperature_scale
+from pocl_dist.errors import ConfigError
 from pocl_dist.losses.chunks import Objective, Tokens, sum_over_chunks
 from pocl_dist.losses.registry import Divergence, get_divergence
 from pocl_dist.records import IGNORE_INDEX, LMHead

@@ -24,9 +24,13 @@ class Sampling:
     seed: int = 0
 
     def to_generation_config(self, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-        """Returns the settings for `generate`; nothing is taken over from the model's own defaults."""
+        """Returns the settings for `generate`; nothing is taken from the model's own defaults."""
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
+        drawn = (
+            {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            if self.do_sample
+            else {}
+        )
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=self.do_sample,
@@ -46,8 +50,8 @@ def generate_answers(
 ) -> list[str]:
     """Returns one answer per prompt (token ids), padded on the left as one batch.
 
-    Sampling draws from the seed and this batch alone, so a batch gives the same answers wherever and
-    whenever it runs.
+    Sampling draws from the seed and this batch alone, so a batch gives the same answers
+    wherever and whenever it runs.
     """
     settings = sampling.to_generation_config(tokenizer)
     longest = max(len(prompt) for prompt in prompts)

@@ -1,4 +1,4 @@
-"""Splits a causal LM into backbone and LM head, for any architecture whose head is one linear map."""
+"""Splits a causal LM into backbone and LM head, for any architecture whose head is a linear map."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from pocl_dist.records import LMHead
 
 
 def head_module(model: PreTrainedModel) -> nn.Linear:
-    """Returns the linear map to the vocabulary; raises MismatchError (78) when the head is something else."""
+    """Returns the linear map to the vocabulary; raises MismatchError (78) for another head."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise MismatchError(f"{type(model).__name__}: the head is {type(head).__name__}, only a linear one is supported")
+        raise MismatchError(
+            f"{type(model).__name__}: the head is {type(head).__name__}, "
+            "only a linear one is supported"
+        )
     return head
 
 
@@ -40,7 +43,9 @@ def lm_head(model: PreTrainedModel, num_real_tokens: int) -> LMHead:
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return LMHead(head.weight, head.bias, scale, None if softcap is None else float(softcap), num_real_tokens)
+    return LMHead(
+        head.weight, head.bias, scale, None if softcap is None else float(softcap), num_real_tokens
+    )
 
 
 def hidden_states(
@@ -58,7 +63,9 @@ def head_logits(hidden_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
     if bias is not None:
         logits_NV = logits_NV + bias[: head.num_real_tokens].float()
     logits_NV = logits_NV * head.logit_scale
-    return logits_NV if head.softcap is None else head.softcap * torch.tanh(logits_NV / head.softcap)
+    return (
+        logits_NV if head.softcap is None else head.softcap * torch.tanh(logits_NV / head.softcap)
+    )
 
 
 def check_head(
@@ -68,14 +75,17 @@ def check_head(
 ) -> None:
     """Raises MismatchError (78) when backbone + head do not give the model's own logits.
 
-    Catches an architecture with a step between the two that `lm_head` does not know. Runs two forwards of
-    four tokens. `gather` makes partitioned parameters whole (ZeRO-3); then all ranks call this.
+    Catches an architecture with a step between the two that `lm_head` does not know. Runs
+    two forwards of four tokens. `gather` makes partitioned parameters whole (ZeRO-3);
+    then all ranks call this.
     """
     parameter = next(model.parameters())
     ids_BT = torch.arange(4, device=parameter.device)[None] % num_real_tokens
     mask_BT = torch.ones_like(ids_BT)
     with torch.no_grad():
-        expected = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0, :, :num_real_tokens]
+        expected = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[
+            0, :, :num_real_tokens
+        ]
         hidden = hidden_states(backbone_module(model), ids_BT, mask_BT)[0]
         # After the forwards: these release what they gathered.
         with gather(head_module(model).parameters()) if gather else nullcontext():
@@ -83,4 +93,6 @@ def check_head(
     tolerance = 1e-4 if parameter.dtype == torch.float32 else 5e-2
     scale = float(expected.float().abs().max()) or 1.0
     if float((actual - expected.float()).abs().max()) > tolerance * scale:
-        raise MismatchError(f"{type(model).__name__}: its logits are not a linear head over its hidden states")
+        raise MismatchError(
+            f"{type(model).__name__}: its logits are not a linear head over its hidden states"
+        )

@@ -1,4 +1,4 @@
-"""Opens a model folder: tokenizer, weights, and the checks that teacher and student belong together."""
+"""Opens a model folder: tokenizer, weights, and checks that teacher and student belong together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ disable_progress_bar()  # bars of "Loading weights" from every rank hide what ma
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from pocl_dist.models.sources import ModelFolder
 
@@ -27,19 +27,33 @@ def load_tokenizer(source: ModelFolder) -> PreTrainedTokenizerBase:
             source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise MissingInputError(f"{source.origin}: no usable tokenizer in {source.folder}: {error}") from error
+        raise MissingInputError(
+            f"{source.origin}: no usable tokenizer in {source.folder}: {error}"
+        ) from error
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def num_layers(source: ModelFolder) -> int:
-    """Returns the layers that a model's config promises; no weights are read."""
+def _model_config(source: ModelFolder) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(
             source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise MissingInputError(f"{source.origin}: no usable model in {source.folder}: {error}") from error
-    return int(config.num_hidden_layers)
+        raise MissingInputError(
+            f"{source.origin}: no usable model in {source.folder}: {error}"
+        ) from error
+    return cast("PretrainedConfig", config)
+
+
+def num_layers(source: ModelFolder) -> int:
+    """Returns the layers that a model's config promises; no weights are read."""
+    return int(_model_config(source).num_hidden_layers)
+
+
+def num_positions(source: ModelFolder) -> int | None:
+    """Returns the longest sequence a model's config promises, or None when it sets no bound."""
+    positions = getattr(_model_config(source), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
 
 
 def load_model(source: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
@@ -54,18 +68,22 @@ def load_model(source: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
-        raise MissingInputError(f"{source.origin}: no usable model in {source.folder}: {error}") from error
+        raise MissingInputError(
+            f"{source.origin}: no usable model in {source.folder}: {error}"
+        ) from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise RefusedError(f"{source.origin}: {error}") from error
-        raise MissingInputError(f"{source.origin}: no usable model in {source.folder}: {error}") from error
+        raise MissingInputError(
+            f"{source.origin}: no usable model in {source.folder}: {error}"
+        ) from error
     model, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     # transformers fills what a file lacks with random numbers and goes on.
     missing = sorted(info["missing_keys"])
     if missing:
         raise MissingInputError(
-            f"{source.origin}: {source.folder} lacks {len(missing)} weights of {type(model).__name__} "
-            f"(first: {', '.join(missing[:3])})"
+            f"{source.origin}: {source.folder} lacks {len(missing)} weights "
+            f"of {type(model).__name__} (first: {', '.join(missing[:3])})"
         )
     return model.eval()
 
@@ -76,7 +94,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest_of([vocabulary, tokenizer.eos_token_id])  # type: ignore[list-item]
 
 
-def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+def check_same_tokenizer(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
+) -> None:
     """Raises MismatchError (78) unless both map every token to the same id and share eos.
 
     Equal sizes are not enough: column i of both softmaxes must mean the same token.

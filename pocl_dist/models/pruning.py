@@ -22,8 +22,8 @@ def _layer_list_name(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name
     raise ConfigError(
-        f"models.student.init_layers: {type(model).__name__} keeps its layers in no list of its own; "
-        "give models.student.path instead"
+        f"models.student.init_layers: {type(model).__name__} keeps its layers "
+        "in no list of its own; give models.student.path instead"
     )
 
 

@@ -58,7 +58,8 @@ def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
     pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     if not weights and pickled:
         raise RefusedError(
-            f"{key}: {folder} holds only pickled weights ({pickled[0].name}), which can run code when loaded; "
+            f"{key}: {folder} holds only pickled weights ({pickled[0].name}), "
+            "which can run code when loaded; "
             "convert them to safetensors (transformers: save_pretrained)"
         )
     if not weights:
@@ -66,8 +67,8 @@ def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
     with_code = [name for name in _SETTINGS_FILES if "auto_map" in _settings(folder / name, key)]
     if with_code and not trust_remote_code:
         raise RefusedError(
-            f"{key}: the model in {folder} brings Python code of its own ({with_code[0]}); set trust_remote_code: true beside "
-            "the path if you trust its author"
+            f"{key}: the model in {folder} brings Python code of its own ({with_code[0]}); "
+            "set trust_remote_code: true beside the path if you trust its author"
         )
 
 
@@ -77,15 +78,25 @@ def _from_hub(path: str, revision: str | None, key: str, trust_remote_code: bool
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=[*patterns, "*.py"] if trust_remote_code else patterns))
+        folder = Path(
+            snapshot_download(
+                path,
+                revision=revision,
+                allow_patterns=[*patterns, "*.py"] if trust_remote_code else patterns,
+            )
+        )
     except HFValidationError as error:
-        raise MissingInputError(f"{key}: {path!r} is neither a local folder or file nor a hub id") from error
+        raise MissingInputError(
+            f"{key}: {path!r} is neither a local folder or file nor a hub id"
+        ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise UnavailableError(
             f"{key}: {path!r} is no local folder or file, and the hub could not be reached for it"
         ) from error
     except HfHubHTTPError as error:
-        raise MissingInputError(f"{key}: the hub has no {path!r} (revision {revision}): {error}") from error
+        raise MissingInputError(
+            f"{key}: the hub has no {path!r} (revision {revision}): {error}"
+        ) from error
     return ModelFolder(folder, path, trust_remote_code, commit=folder.name)
 
 
@@ -100,9 +111,13 @@ def _from_gguf(file: Path, origin: str) -> ModelFolder:
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
     config = loaded.config
-    if hasattr(config, "quantization_config"):  # the weights are dequantised now; saving would refuse
+    if hasattr(
+        config, "quantization_config"
+    ):  # the weights are dequantised now; saving would refuse
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
@@ -117,11 +132,13 @@ def _from_gguf(file: Path, origin: str) -> ModelFolder:
     return ModelFolder(folder, origin)
 
 
-def find_model(path: str, key: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFolder:
+def find_model(
+    path: str, key: str, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelFolder:
     """Returns the local folder of a model named by the config key `key`.
 
-    Raises MissingInputError (66), UnavailableError (69: hub not reachable) or RefusedError (77: pickled
-    weights, or code of its own without `trust_remote_code`).
+    Raises MissingInputError (66), UnavailableError (69: hub not reachable) or RefusedError (77:
+    pickled weights, or code of its own without `trust_remote_code`).
     """
     try:
         local = package_file(path) if path.startswith("package:") else Path(path)
@@ -129,12 +146,19 @@ def find_model(path: str, key: str, revision: str | None = None, trust_remote_co
         raise MissingInputError(f"{key}: {path!r}: {error}") from error
     if local.is_file():
         if local.suffix != ".gguf":
-            raise MissingInputError(f"{key}: {path} is a file but not GGUF; name the model's folder")
+            raise MissingInputError(
+                f"{key}: {path} is a file but not GGUF; name the model's folder"
+            )
         return _from_gguf(local, path)
     if local.is_dir():
         _check_folder(local, key, trust_remote_code)
         return ModelFolder(local, path, trust_remote_code)
-    if local.suffix == ".gguf" or local.is_absolute() or path.startswith(".") or path.count("/") != 1:
+    if (
+        local.suffix == ".gguf"
+        or local.is_absolute()
+        or path.startswith(".")
+        or path.count("/") != 1
+    ):
         raise MissingInputError(f"{key}: {path} does not exist (looked at {local.resolve()})")
     found = _from_hub(path, revision, key, trust_remote_code)
     _check_folder(found.folder, key, trust_remote_code)
@@ -142,7 +166,7 @@ def find_model(path: str, key: str, revision: str | None = None, trust_remote_co
 
 
 def model_digest(source: ModelFolder) -> str:
-    """Returns a digest of config and weights: sha256 of all files, or, above 4 GiB, of sizes and headers."""
+    """Returns a digest of config and weights: sha256 of files; above 4 GiB of sizes and headers."""
     files = sorted([source.folder / "config.json", *source.folder.glob("*.safetensors")])
     is_small = sum(file.stat().st_size for file in files) <= FULL_HASH_BYTES
     parts: dict[str, JSONValue] = {}

@@ -47,7 +47,7 @@ def answer_shards(
     shards: Mapping[str, WorkShard],
     progress: RowProgress,
 ) -> Iterator[tuple[str, object]]:
-    """Yields (shard name, result of the ModelWorker's `method`) as shards are done. Needs a `ray_session`.
+    """Yields (shard name, result of the worker's `method`) as shards finish. Needs a `ray_session`.
 
     Raises StoppedError (75) within seconds of a request; shards that are at work are given up.
     """
@@ -56,7 +56,9 @@ def answer_shards(
 
     def raise_if_asked() -> None:
         if stop.is_asked():
-            raise StoppedError("stopped on request; what is finished is saved, the same command goes on")
+            raise StoppedError(
+                "stopped on request; what is finished is saved, the same command goes on"
+            )
 
     with (
         progress,

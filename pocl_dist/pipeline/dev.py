@@ -27,7 +27,7 @@ def dev_metric(
     config: Config,
     rank: Rank,
 ) -> float:
-    """Returns ROUGE-L of greedy answers in percent, or the mean cross-entropy of the references. Collective.
+    """Returns ROUGE-L of greedy answers in %, or the references' mean cross-entropy. Collective.
 
     Batches are a function of the rows alone, so the value does not depend on the number of ranks.
     """
@@ -39,14 +39,22 @@ def dev_metric(
     total, count = 0.0, 0.0
     for batch in batches[rank.index :: rank.world_size]:
         if config.dev.metric == "rouge_l":
-            answers = generate_answers(model, tokenizer, [encoded.prompt_ids for _, encoded in batch], sampling)
+            answers = generate_answers(
+                model, tokenizer, [encoded.prompt_ids for _, encoded in batch], sampling
+            )
             pairs = zip(answers, batch, strict=True)
-            total += math.fsum(100.0 * rouge_l(answer, row.references) for answer, (row, _) in pairs)
+            total += math.fsum(
+                100.0 * rouge_l(answer, row.references) for answer, (row, _) in pairs
+            )
             count += len(batch)
         else:
             encoded = [item for _, item in batch]
-            means = mean_cross_entropies(model, collate(encoded, pad_id_of(tokenizer)), len(tokenizer))
-            total += math.fsum(mean * item.num_response_tokens for mean, item in zip(means, encoded, strict=True))
+            means = mean_cross_entropies(
+                model, collate(encoded, pad_id_of(tokenizer)), len(tokenizer)
+            )
+            total += math.fsum(
+                mean * item.num_response_tokens for mean, item in zip(means, encoded, strict=True)
+            )
             count += sum(item.num_response_tokens for item in encoded)
     sums = gather_floats([total, count], rank)
     return math.fsum(row[0] for row in sums) / math.fsum(row[1] for row in sums)

@@ -34,7 +34,8 @@ from pocl_dist.records import DifficultyRecord, JSONRecord
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Where a model comes from is named as well as its digest, so that a refusal can name a key of the config.
+# Where a model comes from is named as well as its digest, so that a refusal can
+# name a key of the config.
 _INPUT_KEYS = (
     "models.student.path",
     "models.student.init_layers",
@@ -67,7 +68,9 @@ def config_inputs(config: Config, rows: Rows) -> dict[str, JSONValue]:
 def model_inputs(key: str, source: ModelFolder) -> dict[str, JSONValue]:
     """Returns the digests of a model's weights and of its tokenizer's files."""
     files = {file for pattern in _TOKENIZER_FILES for file in source.folder.glob(pattern)}
-    digests: dict[str, JSONValue] = {file.name: sha256_file(file) for file in files if file.is_file()}
+    digests: dict[str, JSONValue] = {
+        file.name: sha256_file(file) for file in files if file.is_file()
+    }
     return {f"{key} sha256": model_digest(source), f"{key} tokenizer sha256": digest_of(digests)}
 
 
@@ -76,7 +79,7 @@ def is_scored(record: DifficultyRecord) -> bool:
     return all(math.isfinite(getattr(record, name)) for name in SIGNALS)
 
 
-# ------------------------------------------------------------------------------------------- Parquet
+# ------------------------------------------------------------------------------------------ Parquet
 
 
 def _column(kind: str, values: Sequence[object]) -> pa.Array:
@@ -87,7 +90,9 @@ def _column(kind: str, values: Sequence[object]) -> pa.Array:
     if kind == "str":
         texts = [str(value).encode() for value in values]
         offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
-        return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+        return pa.StringArray.from_buffers(
+            len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))
+        )
     dtype, arrow_type = (np.float64, pa.float64()) if kind == "float" else (np.int64, pa.int64())
     numbers = np.asarray(values, dtype=dtype)
     return pa.Array.from_buffers(arrow_type, len(numbers), [None, pa.py_buffer(numbers)])
@@ -102,11 +107,15 @@ def write_columns(path: Path, columns: Mapping[str, tuple[str, Sequence[object]]
     atomic_write(path, lambda handle: pq.write_table(table, handle))
 
 
-def write_records(path: Path, record_class: type[JSONRecord], records: Sequence[JSONRecord]) -> None:
+def write_records(
+    path: Path, record_class: type[JSONRecord], records: Sequence[JSONRecord]
+) -> None:
     """Writes records as a Parquet file with one column per field."""
     # Annotations are text here (`from __future__ import annotations` in records.py).
     kinds = {field.name: str(field.type) for field in fields(record_class)}
-    write_columns(path, {name: (kind, [getattr(r, name) for r in records]) for name, kind in kinds.items()})
+    write_columns(
+        path, {name: (kind, [getattr(r, name) for r in records]) for name, kind in kinds.items()}
+    )
 
 
 def read_records(folder: Path) -> list[DifficultyRecord]:
@@ -123,15 +132,19 @@ def read_records(folder: Path) -> list[DifficultyRecord]:
             rows = pq.ParquetFile(path).read().to_pylist()
             found = [DifficultyRecord.from_json(row) for row in rows]
         except (ArrowException, ValueError) as error:
-            raise DataError(f"{path}: no difficulty scores ({error}); remove it and measure again") from error
+            raise DataError(
+                f"{path}: no difficulty scores ({error}); remove it and measure again"
+            ) from error
         for record in found:
             if record.example_id in records:
-                raise DataError(f"{path}: row {record.example_id!r} is in another shard too; measure anew")
+                raise DataError(
+                    f"{path}: row {record.example_id!r} is in another shard too; measure anew"
+                )
             records[record.example_id] = record
     return list(records.values())
 
 
-# ---------------------------------------------------------------------------------------- quarantine
+# --------------------------------------------------------------------------------------- quarantine
 
 
 def read_quarantine(folder: Path) -> dict[str, str]:
@@ -145,9 +158,13 @@ def add_to_quarantine(folder: Path, records: Sequence[DifficultyRecord]) -> int:
     reasons = read_quarantine(folder)
     for record in records:
         values = {name: getattr(record, name) for name in SIGNALS}
-        bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        bad = ", ".join(
+            f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)
+        )
         reasons[record.example_id] = bad
     if records:
-        lines = [json.dumps({"example_id": name, "reason": reason}) for name, reason in reasons.items()]
+        lines = [
+            json.dumps({"example_id": name, "reason": reason}) for name, reason in reasons.items()
+        ]
         atomic_write_text(folder / "quarantine.jsonl", "\n".join(lines) + "\n")
     return len(reasons)

@@ -1,4 +1,4 @@
-"""distill: the training step, every rank the same lines. Started by a launcher (launch/local.sh)."""
+"""distill: the training step, all ranks the same lines. Started by a launcher (launch/local.sh)."""
 
 from __future__ import annotations
 
@@ -20,22 +20,29 @@ from pocl_dist.distributed.engine import (
     reset_optimizer,
     set_learning_rate,
 )
-from pocl_dist.distributed.process_group import Rank, join_process_group, lost_peers_named, torch_dtype
+from pocl_dist.distributed.process_group import (
+    Rank,
+    join_process_group,
+    lost_peers_named,
+    torch_dtype,
+)
 from pocl_dist.errors import ConfigError, StoppedError
 from pocl_dist.pipeline.dev import dev_metric
 from pocl_dist.pipeline.export import write_export
+from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.pipeline.train_step import StepResult, train_step
 from pocl_dist.pipeline.training import Training, prepare_training
-from pocl_dist.records import Batch
+from pocl_dist.records import Batch, Stage
 
 
 def distill_rank(config: Config, run: RunDirectory) -> None:
-    """Trains the student as the plan says and exports it. Collective: the launcher starts it on every rank.
+    """Trains the student as planned and exports it. Collective: the launcher starts every rank.
 
     1. join the group, compare inputs over the ranks, load or resume;
-    2. repeat what rank 0 says next: train, evaluate, save; until it says finish (or stop: exit code 75);
+    2. repeat what rank 0 says next: train, evaluate, save; until it says finish (or stop: exit code
+       75);
     3. export the selected weights.
     """
     stop = StopRequest(run)
@@ -48,7 +55,8 @@ def distill_rank(config: Config, run: RunDirectory) -> None:
 def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -> None:
     if config.engine.world_size not in (None, rank.world_size):
         raise ConfigError(
-            f"engine.world_size: {config.engine.world_size}, but the launcher started {rank.world_size} ranks"
+            f"engine.world_size: {config.engine.world_size}, "
+            f"but the launcher started {rank.world_size} ranks"
         )
     training = prepare_training(config, run, rank)
     with training.display.live():
@@ -63,18 +71,25 @@ def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -
                 _save(training)
             elif instruction.action == Action.STOP:
                 training.close()
-                raise StoppedError(f"stopped at step {instruction.step}, saved; the same command goes on from there")
+                raise StoppedError(
+                    f"stopped at step {instruction.step}, saved; "
+                    "the same command goes on from there"
+                )
             else:
                 break
     _export(training)
     training.close()
 
 
-
 def _train(training: Training, instruction: Instruction, stop: StopRequest) -> None:
-    """Applies the instruction, checks that all ranks did, takes the step and logs it. Collective."""
+    """Applies the instruction, checks that all ranks did, takes the step, logs it. Collective."""
     started = time.monotonic()
     config, rank, engine = training.config, training.rank, training.engine
+    if instruction.step_in_stage == 0:
+        stage = training.plan.stages[instruction.stage]
+        training.record(
+            {"kind": "stage", "step": instruction.step + 1, "stage": stage.index, **_numbers(stage)}
+        )
     if instruction.resets_optimizer:
         reset_optimizer(engine)
     set_learning_rate(engine, instruction.learning_rate)
@@ -83,10 +98,16 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     engine.train()
 
     sampler = _sampler(training, instruction.stage)
-    example_ids = [training.plan.ranking[position] for position in sampler.batch(instruction.step_in_stage)]
+    example_ids = [
+        training.plan.ranking[position] for position in sampler.batch(instruction.step_in_stage)
+    ]
     batches = _micro_batches(training, example_ids)
     digest = applied_digest(
-        instruction, training.module.temperature, training.module.kd_ratio, learning_rate_of(engine), example_ids
+        instruction,
+        training.module.temperature,
+        training.module.kd_ratio,
+        learning_rate_of(engine),
+        example_ids,
     )
     num_label_tokens = sum(batch.num_label_tokens for batch in batches)
     agreement = agree(digest, num_label_tokens, stop.was_signalled, instruction, rank)
@@ -96,6 +117,10 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     result = train_step(engine, teacher, batches, agreement.num_label_tokens, instruction, rank)
     training.coordinator.record_step()
     _log_step(training, instruction, result, sampler, time.monotonic() - started)
+
+
+def _numbers(stage: Stage) -> dict[str, object]:
+    return {key: value for key, value in stage.to_json().items() if key != "index"}
 
 
 def _sampler(training: Training, stage_index: int) -> StageSampler:
@@ -112,13 +137,21 @@ def _sampler(training: Training, stage_index: int) -> StageSampler:
 def _micro_batches(training: Training, example_ids: Sequence[str]) -> list[Batch]:
     engine, rank = training.config.engine, training.rank
     count = num_micro_batches(engine.global_batch_size, rank.world_size, engine.micro_batch_size)
-    shares = micro_batches_of_rank(example_ids, rank.index, rank.world_size, engine.micro_batch_size, count)
+    shares = micro_batches_of_rank(
+        example_ids, rank.index, rank.world_size, engine.micro_batch_size, count
+    )
     pad_id = pad_id_of(training.tokenizer)
-    return [collate([training.encoded[example_id] for example_id in share], pad_id) for share in shares]
+    return [
+        collate([training.encoded[example_id] for example_id in share], pad_id) for share in shares
+    ]
 
 
 def _log_step(
-    training: Training, instruction: Instruction, result: StepResult, sampler: StageSampler, seconds: float
+    training: Training,
+    instruction: Instruction,
+    result: StepResult,
+    sampler: StageSampler,
+    seconds: float,
 ) -> None:
     values = asdict(result)
     num_input_tokens, was_skipped = values.pop("num_input_tokens"), values.pop("was_skipped")
@@ -144,10 +177,17 @@ def _evaluate(training: Training) -> None:
     """Computes the dev metric and tells the coordinator. Collective."""
     started = time.monotonic()
     config, coordinator = training.config, training.coordinator
-    value = dev_metric(training.engine, training.tokenizer, training.dev_rows, config, training.rank)
+    value = dev_metric(
+        training.engine, training.tokenizer, training.dev_rows, config, training.rank
+    )
     coordinator.record_dev(value)
     progress = coordinator.progress
-    row = {"step": progress.step, "stage": progress.stage, "metric": config.dev.metric, "value": value}
+    row = {
+        "step": progress.step,
+        "stage": progress.stage,
+        "metric": config.dev.metric,
+        "value": value,
+    }
     training.record({"kind": "dev", **row, "seconds": time.monotonic() - started})
     if training.rank.is_main:
         note = " (best so far)" if progress.best_step == progress.step else ""
@@ -167,9 +207,15 @@ def _save(training: Training) -> None:
     training.record({"kind": "checkpoint", **row})
     if rank.is_main:
         is_kept = training.config.export.select == "best_dev"
-        prune_checkpoints(run.checkpoints, training.config.checkpoint.keep_last, progress.best_step if is_kept else -1)
+        prune_checkpoints(
+            run.checkpoints,
+            training.config.checkpoint.keep_last,
+            progress.best_step if is_kept else -1,
+        )
         run.save_file.unlink(missing_ok=True)
-        training.display.note(f"step {progress.step}: checkpoint, {num_bytes / 1e6:.1f} MB in {seconds:.1f} s")
+        training.display.note(
+            f"step {progress.step}: checkpoint, {num_bytes / 1e6:.1f} MB in {seconds:.1f} s"
+        )
 
 
 def _export(training: Training) -> None:
@@ -181,6 +227,15 @@ def _export(training: Training) -> None:
     if rank.is_main:
         assert checkpoint is not None, "the last step of a stage is always saved"
         dtype = torch_dtype(config.engine.dtype, rank.device)
-        write_export(run.export, training.student, training.tokenizer, checkpoint, dtype, config, training.plan.stages)
+        write_export(
+            run.export,
+            training.student,
+            training.tokenizer,
+            checkpoint,
+            dtype,
+            config,
+            training.plan.stages,
+            finished_record(config, run),
+        )
         print(f"exported step {checkpoint.step} to {run.export}", flush=True)
     barrier(rank)

@@ -1,4 +1,4 @@
-"""Figures from the answers under `eval/`: `report.json` per test set and `table.md` over all of them."""
+"""Figures from the answers under `eval/`: `report.json` per test set and `table.md` over all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class Figures:
 
     def mean(self, metric: str) -> float:
         """Returns the mean of a metric over the seeds, in percent."""
-        return statistics.fmean(getattr(summary, metric) for summary in self.summary_of_seed.values())
+        return statistics.fmean(
+            getattr(summary, metric) for summary in self.summary_of_seed.values()
+        )
 
     def std(self, metric: str) -> float:
         """Returns the sample standard deviation over the seeds; 0 for a single one."""
@@ -61,12 +63,15 @@ def read_figures(answers: Path) -> Figures:
     return Figures(summaries)
 
 
-def write_reports(folder: Path, set_names: Sequence[str], models: Sequence[str], student_digest: str) -> None:
-    """Writes `<set>/report.json` for each test set and `table.md`; the first of `models` is the student."""
+def write_reports(
+    folder: Path, set_names: Sequence[str], models: Sequence[str], student_digest: str
+) -> None:
+    """Writes `<set>/report.json` per test set and `table.md`; first of `models` is the student."""
     figures: dict[str, dict[str, Figures]] = {}
     for name in set_names:
         files = {
-            model: "answers.jsonl" if model == models[0] else f"answers-{model}.jsonl" for model in models
+            model: "answers.jsonl" if model == models[0] else f"answers-{model}.jsonl"
+            for model in models
         }
         figures[name] = {model: read_figures(folder / name / file) for model, file in files.items()}
         of_student = figures[name][models[0]]
@@ -86,7 +91,10 @@ def write_reports(folder: Path, set_names: Sequence[str], models: Sequence[str],
 
 def _table(figures: dict[str, dict[str, Figures]], models: Sequence[str]) -> str:
     """Returns a Markdown table, models x test sets."""
-    lines = ["| ROUGE-L / exact match, % | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
+    lines = [
+        "| ROUGE-L / exact match, % | " + " | ".join(figures) + " |",
+        "|---" * (len(figures) + 1) + "|",
+    ]
     for model in models:
         cells = [of_model[model].cell() for of_model in figures.values()]
         lines.append(f"| {_TITLES.get(model, model)} | " + " | ".join(cells) + " |")

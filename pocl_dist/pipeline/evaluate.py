@@ -1,4 +1,4 @@
-"""Step 4: the exported student answers the test sets; ROUGE-L and exact match, mean and spread over seeds.
+"""Step 4: the export answers the test sets; ROUGE-L and exact match, mean and spread over seeds.
 
 Everything is kept per model and test set, so a finished pair is not done again:
 
@@ -62,24 +62,30 @@ class Pair:
 
     def file(self, stem: str, suffix: str) -> Path:
         """Returns the pair's file; those of the student itself carry no model name."""
-        return self.folder / (f"{stem}{suffix}" if self.model == STUDENT else f"{stem}-{self.model}{suffix}")
+        return self.folder / (
+            f"{stem}{suffix}" if self.model == STUDENT else f"{stem}-{self.model}{suffix}"
+        )
 
 
 def evaluate(config: Config, run: RunDirectory) -> None:
-    """Writes `eval/`: answers and reports of the export, and of the baselines when the config asks for them.
+    """Writes `eval/`: answers and reports of the export, and of the baselines if asked for.
 
-    1. refuse answers that were made from other inputs; 2. let each model answer what is missing, all in one
-    Ray session; 3. write the reports. Raises MissingInputError (66) without an export.
+    1. refuse answers that were made from other inputs; 2. let each model answer what is missing,
+    all in one Ray session; 3. write the reports. Raises MissingInputError (66) without an export.
     """
     if not (run.export / "config.json").exists():
-        raise MissingInputError(f"{run.export} holds no exported student: run `pocl-dist distill` first")
+        raise MissingInputError(
+            f"{run.export} holds no exported student: run `pocl-dist distill` first"
+        )
     sets = read_eval_sets(config)
     if not sets:
         say("evaluate: data.eval names no test set")
         return
     models = _models(config, run)
     digests = {name: model_inputs(f"{name} model", source) for name, source in models.items()}
-    pairs = [Pair(model, name, rows, run.eval / name) for model in models for name, rows in sets.items()]
+    pairs = [
+        Pair(model, name, rows, run.eval / name) for model in models for name, rows in sets.items()
+    ]
     for pair in pairs:
         _check_inputs(config, pair, digests[pair.model])
     missing = [pair for pair in pairs if not pair.file("answers", ".jsonl").exists()]
@@ -92,8 +98,10 @@ def evaluate(config: Config, run: RunDirectory) -> None:
 
 
 def _models(config: Config, run: RunDirectory) -> dict[str, ModelFolder]:
-    """Returns {name: model}: the export, and with `evaluate.baselines` the teacher and the student before."""
-    models = {STUDENT: ModelFolder(run.export, str(run.export), config.models.student.trust_remote_code)}
+    """Returns {name: model}: the export; with `evaluate.baselines` teacher and student before."""
+    models = {
+        STUDENT: ModelFolder(run.export, str(run.export), config.models.student.trust_remote_code)
+    }
     if config.evaluate.baselines:
         teacher = teacher_source(config)
         if teacher is not None:
@@ -129,7 +137,8 @@ def _answer(
     from pocl_dist.models.loading import load_tokenizer
     from pocl_dist.pipeline.actor_pass import stop_request
 
-    # One encoder for all models: they share a tokenizer, and the student's template is what was trained.
+    # One encoder for all models: they share a tokenizer, and the student's
+    # template is what was trained.
     encoder = make_encoder(config, load_tokenizer(models[STUDENT]))
     with stop_request(run) as stop, ray_session(config.ray):
         for model, source in models.items():
@@ -140,9 +149,13 @@ def _answer(
 
 
 def _answer_with(
-    config: Config, stop: StopRequest, settings: WorkerSettings, pairs: Sequence[Pair], encoder: Encoder
+    config: Config,
+    stop: StopRequest,
+    settings: WorkerSettings,
+    pairs: Sequence[Pair],
+    encoder: Encoder,
 ) -> None:
-    """Lets one model answer its test sets, all seeds, and writes each set when its last shard is in."""
+    """Lets one model answer its test sets, all seeds; writes each set when its last shard is in."""
     from pocl_dist.difficulty.worker import Answers
     from pocl_dist.pipeline.actor_pass import answer_shards
 
@@ -155,7 +168,9 @@ def _answer_with(
                 shards[name], pass_of[name] = shard, (pair, seed)
     num_open = Counter(pair.set_name for pair, _ in pass_of.values())
     texts: dict[str, dict[int, dict[str, str]]] = {pair.set_name: {} for pair in pairs}
-    progress = RowProgress(f"evaluate {pairs[0].model}", sum(shard.num_rows for shard in shards.values()))
+    progress = RowProgress(
+        f"evaluate {pairs[0].model}", sum(shard.num_rows for shard in shards.values())
+    )
     for name, result in answer_shards(config, stop, settings, "answer", shards, progress):
         assert isinstance(result, Answers)
         pair, seed = pass_of[name]
@@ -181,7 +196,7 @@ def _settings(config: Config, source: ModelFolder, model_digest: str) -> WorkerS
 
 
 def _shards(config: Config, pair: Pair, seed: int, encoder: Encoder) -> list[WorkShard]:
-    """Returns one shard per batch: nothing is saved per shard here, and short ones share out best."""
+    """Returns one shard per batch: nothing is saved per shard, and short ones share out best."""
     encoded = [encoder.encode(example) for example in pair.rows.examples]
     references = {example.example_id: () for example in pair.rows.examples}
     batch_size = config.generation.batch_size

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pocl_dist import __version__
 from pocl_dist.config import Config
 from pocl_dist.distributed.checkpoint import WEIGHTS, Checkpoint
-from pocl_dist.files import atomic_write_text, fsync_folder
+from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text, fsync_folder
 from pocl_dist.models.loading import load_model
-from pocl_dist.models.sources import ModelFolder
+from pocl_dist.models.sources import MARKER, ModelFolder
 from pocl_dist.records import Stage
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 PREFIX = "model."  # of the student inside the trained module
 
 
-def student_from_checkpoint(source: ModelFolder, checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def student_from_checkpoint(
+    source: ModelFolder, checkpoint: Checkpoint, dtype: torch.dtype
+) -> PreTrainedModel:
     """Returns a plain model of the student's architecture with the checkpoint's weights."""
     settings = AutoConfig.from_pretrained(
         source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
@@ -42,13 +44,20 @@ def student_from_checkpoint(source: ModelFolder, checkpoint: Checkpoint, dtype: 
 def _model_card(config: Config, stages: tuple[Stage, ...], step: int) -> str:
     teacher = config.models.teacher
     rows = "\n".join(
-        f"| {s.index + 1} | {s.num_examples} | {s.temperature:.3f} | {s.kd_ratio:.3f} | {s.epochs:g} | {s.num_steps} |"
+        f"| {s.index + 1} | {s.num_examples} | {s.temperature:.3f} | "
+        f"{s.kd_ratio:.3f} | {s.epochs:g} | {s.num_steps} |"
         for s in stages
     )
-    method = "supervised fine-tuning" if teacher is None else f"{config.loss.name} with the POCL curriculum (arXiv 2506.05695)"
+    method = (
+        "supervised fine-tuning"
+        if teacher is None
+        else f"{config.loss.name} with the POCL curriculum (arXiv 2506.05695)"
+    )
     if teacher is not None and len(stages) == 1:
         method = f"{config.loss.name}, plain distillation"
-    origin = config.models.student.path or f"layers {config.models.student.init_layers} of the teacher"
+    origin = (
+        config.models.student.path or f"layers {config.models.student.init_layers} of the teacher"
+    )
     return f"""---
 library_name: transformers
 tags: [distillation, pocl]
@@ -56,7 +65,7 @@ tags: [distillation, pocl]
 # Distilled student
 
 - student made from: `{origin}`
-- teacher: `{teacher.path if teacher else 'none'}`
+- teacher: `{teacher.path if teacher else "none"}`
 - method: {method}
 - training rows: `{config.data.train}`, template `{config.data.template}`
 - seed {config.seed}, {step} optimizer steps of {config.engine.global_batch_size} rows
@@ -83,8 +92,9 @@ def write_export(
     dtype: torch.dtype,
     config: Config,
     stages: tuple[Stage, ...],
+    made_from: dict[str, JSONValue],
 ) -> None:
-    """Writes the export folder whole or not at all, then reads it back and compares every weight. Rank 0 only."""
+    """Writes the export whole or not at all, reads it back, compares every weight. Rank 0 only."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model = student_from_checkpoint(source, checkpoint, dtype)
@@ -93,6 +103,7 @@ def write_export(
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     atomic_write_text(temporary / "README.md", _model_card(config, stages, checkpoint.step))
+    atomic_write_json(temporary / MARKER, made_from)
     written = load_model(ModelFolder(temporary, str(folder), source.trust_remote_code), dtype)
     expected = dict(model.named_parameters())
     for name, value in written.named_parameters():

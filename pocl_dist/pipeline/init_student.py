@@ -22,7 +22,9 @@ def init_student(config: Config, run: RunDirectory) -> None:
     teacher = teacher_source(config)
     layers = config.models.student.init_layers
     if teacher is None or layers is None:
-        raise ConfigError("models.student.init_layers: names the teacher layers to keep; it is not set")
+        raise ConfigError(
+            "models.student.init_layers: names the teacher layers to keep; it is not set"
+        )
     made_from: dict[str, JSONValue] = {
         "models.student.init_layers": list(layers),
         "digest.teacher": model_digest(teacher),
@@ -38,4 +40,7 @@ def init_student(config: Config, run: RunDirectory) -> None:
     atomic_write_json(temporary / MARKER, made_from)
     shutil.rmtree(run.init_student, ignore_errors=True)
     temporary.rename(run.init_student)
-    print(f"init-student: kept {len(layers)} layers of {teacher.origin} in {run.init_student}", flush=True)
+    print(
+        f"init-student: kept {len(layers)} layers of {teacher.origin} in {run.init_student}",
+        flush=True,
+    )

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocl_dist.config import Config
+from pocl_dist.config import Config, select_keys
 from pocl_dist.data.sources import Rows, read_rows
 from pocl_dist.errors import DataError
-from pocl_dist.files import atomic_write_text
+from pocl_dist.files import JSONValue, atomic_write_text, sha256_file
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -19,9 +19,37 @@ if TYPE_CHECKING:
     from pocl_dist.models.sources import ModelFolder
 
 
+# Another value of these would make another run; `engine.world_size`, micro batch, ZeRO stage and
+# offloading only change how it is computed.
+RESULT_KEYS = (
+    "seed",
+    "models",
+    "data.train",
+    "data.limit",
+    "data.dev",
+    "data.dev_limit",
+    "data.template",
+    "data.max_tokens",
+    "data.max_prompt_tokens",
+    "curriculum",
+    "dev",
+    "loss.name",
+    "loss.kwargs",
+    "loss.temperature_scaling",
+    "optimizer",
+    "policy",
+    "teacher.source",
+    "engine.global_batch_size",
+    "engine.dtype",
+    "export",
+)
+
+
 def _read(config: Config, source: str, key: str, limit: int | None) -> Rows:
     data = config.data
-    return read_rows(source, key, limit=limit, on_bad_row=data.on_bad_row, max_bad_rows=data.max_bad_rows)
+    return read_rows(
+        source, key, limit=limit, on_bad_row=data.on_bad_row, max_bad_rows=data.max_bad_rows
+    )
 
 
 def read_train(config: Config) -> Rows:
@@ -71,7 +99,9 @@ def teacher_source(config: Config) -> ModelFolder | None:
     teacher = config.models.teacher
     if teacher is None:
         return None
-    return find_model(teacher.path, "models.teacher.path", teacher.revision, teacher.trust_remote_code)
+    return find_model(
+        teacher.path, "models.teacher.path", teacher.revision, teacher.trust_remote_code
+    )
 
 
 def student_source(config: Config, run: RunDirectory) -> ModelFolder:
@@ -81,12 +111,24 @@ def student_source(config: Config, run: RunDirectory) -> ModelFolder:
     student = config.models.student
     if student.path is None:
         layers = ",".join(map(str, student.init_layers or ()))
-        return ModelFolder(run.init_student, f"layers {layers} of {config.models.teacher and config.models.teacher.path}")
-    return find_model(student.path, "models.student.path", student.revision, student.trust_remote_code)
+        return ModelFolder(
+            run.init_student,
+            f"layers {layers} of {config.models.teacher and config.models.teacher.path}",
+        )
+    return find_model(
+        student.path, "models.student.path", student.revision, student.trust_remote_code
+    )
 
 
 def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """Returns the encoder for the config's template and lengths."""
     from pocl_dist.data.encoding import Encoder
 
-    return Encoder(tokenizer, config.data.template, config.data.max_tokens, config.data.max_prompt_tokens)
+    return Encoder(
+        tokenizer, config.data.template, config.data.max_tokens, config.data.max_prompt_tokens
+    )
+
+
+def finished_record(config: Config, run: RunDirectory) -> dict[str, JSONValue]:
+    """Returns what an export was made from, as far as it can be told without loading anything."""
+    return {"plan sha256": sha256_file(run.plan), **select_keys(config, RESULT_KEYS)}

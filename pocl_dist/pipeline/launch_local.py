@@ -1,4 +1,4 @@
-"""Starts the ranks of distill on this machine, through launch/local.sh, and reads how they ended."""
+"""Starts distill's ranks on this machine, through launch/local.sh, and reads how they ended."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from types import FrameType
 from pocl_dist import errors
 from pocl_dist.config import Config
 from pocl_dist.files import read_json
+from pocl_dist.models.sources import MARKER
+from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -26,9 +28,14 @@ def launch_file(name: str) -> Path:
 def run_ranks(config: Config, run: RunDirectory) -> None:
     """Runs distill on `engine.world_size` ranks and waits; raises the error the ranks ended with.
 
-    SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and leave together;
-    the launcher itself never sees them (it would kill the ranks).
+    SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and
+    leave together; the launcher itself never sees them (it would kill the ranks). A
+    finished run is left as it is.
     """
+    marker = run.export / MARKER
+    if marker.exists() and read_json(marker) == finished_record(config, run):
+        print(f"distill: {run.export} is there", flush=True)
+        return
     environment = dict(os.environ)
     environment["PYTHON"] = sys.executable
     if config.engine.world_size is not None:
@@ -66,7 +73,13 @@ def _raise_outcome(code: int, run: RunDirectory) -> None:
         return
     if state in ("failed", "stopped") and status["phase"] == "distill":
         for kind in vars(errors).values():
-            if isinstance(kind, type) and issubclass(kind, errors.PoclError) and kind.exit_code == outcome:
+            if (
+                isinstance(kind, type)
+                and issubclass(kind, errors.PoclError)
+                and kind.exit_code == outcome
+            ):
                 raise kind(reason)
         raise RuntimeError(f"distill failed: {reason}")
-    raise errors.WorkerError(f"the ranks of distill ended without a word (launcher's exit code {code})")
+    raise errors.WorkerError(
+        f"the ranks of distill ended without a word (launcher's exit code {code})"
+    )

@@ -1,4 +1,4 @@
-"""Step 1: the student before training answers every prompt and scores every reference (POCL section 3.1)."""
+"""Step 1: the student before training answers each prompt and scores each reference (POCL 3.1)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def measure(config: Config, run: RunDirectory) -> None:
     encoded = _encode(config, rows, source)
     if not is_finished:
         settings = _settings(config, source, str(inputs["models.student model sha256"]))
-        _work_off(config, run, settings, _open_batches(config, rows, encoded, done), len(rows.examples))
+        _work_off(
+            config, run, settings, _open_batches(config, rows, encoded, done), len(rows.examples)
+        )
     _summarise(run, encoded, time.monotonic() - started)
 
 
@@ -86,7 +88,7 @@ def _encode(config: Config, rows: Rows, source: ModelFolder) -> list[EncodedExam
 def _open_batches(
     config: Config, rows: Rows, encoded: Sequence[EncodedExample], done: set[str]
 ) -> list[WorkBatch]:
-    """Returns the batches with a row that is not done. They are whole: a part would pad differently."""
+    """Returns the batches with a row not done. They are whole: a part would pad differently."""
     references = {example.example_id: example.references[:1] for example in rows.examples}
     batches = make_batches(encoded, references, config.generation.batch_size)
     return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
@@ -101,14 +103,21 @@ def _settings(config: Config, source: ModelFolder, model_digest: str) -> WorkerS
 
 
 def _work_off(
-    config: Config, run: RunDirectory, settings: WorkerSettings, batches: Sequence[WorkBatch], num_rows: int
+    config: Config,
+    run: RunDirectory,
+    settings: WorkerSettings,
+    batches: Sequence[WorkBatch],
+    num_rows: int,
 ) -> None:
     from pocl_dist.distributed.ray_session import ray_session
     from pocl_dist.pipeline.actor_pass import answer_shards, stop_request
 
     shards = {shard.name: shard for shard in make_shards(batches, config.ray.shard_size)}
     num_open = sum(shard.num_rows for shard in shards.values())
-    say(f"measure: {num_open} of {num_rows} rows, in {len(shards)} shards, with {settings.model.origin}")
+    say(
+        f"measure: {num_open} of {num_rows} rows, in {len(shards)} shards, "
+        f"with {settings.model.origin}"
+    )
     progress = RowProgress("measure", num_rows, num_rows - num_open)
     with stop_request(run) as stop, ray_session(config.ray):
         for name, result in answer_shards(config, stop, settings, "measure", shards, progress):
@@ -116,8 +125,10 @@ def _work_off(
             _save_shard(config, run, name, result)
 
 
-def _save_shard(config: Config, run: RunDirectory, name: str, records: list[DifficultyRecord]) -> None:
-    """Writes a shard's scored rows, its other rows to the quarantine first: the shard's file says "done"."""
+def _save_shard(
+    config: Config, run: RunDirectory, name: str, records: list[DifficultyRecord]
+) -> None:
+    """Writes a shard's scored rows, others to quarantine first: the shard's file says "done"."""
     not_scored = [record for record in records if not is_scored(record)]
     num_quarantined = add_to_quarantine(run.difficulty, not_scored)
     if num_quarantined > config.data.max_bad_rows:
@@ -136,7 +147,9 @@ def _mean(values: Sequence[float]) -> float:
 def _summarise(run: RunDirectory, encoded: Sequence[EncodedExample], seconds: float) -> None:
     records = read_records(run.difficulty)
     if not records:
-        raise DataError(f"{run.difficulty}: no row has a finite score; are the student's weights sound?")
+        raise DataError(
+            f"{run.difficulty}: no row has a finite score; are the student's weights sound?"
+        )
     ties = tie_shares(records)
     num_quarantined = len(read_quarantine(run.difficulty))
     mean_rouge_l = _mean([record.rouge_l for record in records])
@@ -154,11 +167,14 @@ def _summarise(run: RunDirectory, encoded: Sequence[EncodedExample], seconds: fl
     }
     atomic_write_json(run.difficulty / "summary.json", summary)
     if num_quarantined:
-        warn(f"{num_quarantined} rows have no finite score and are left out (difficulty/quarantine.jsonl)")
+        warn(
+            f"{num_quarantined} rows have no finite score and are left out "
+            "(difficulty/quarantine.jsonl)"
+        )
     for name, share in ties.items():
         if share > TIE_WARNING:
             warn(f"{100 * share:.0f} % of the rows tie in {name}: it says little about their order")
     say(
-        f"measure: {len(records)} rows in {seconds:.0f} s, mean ROUGE-L {100 * mean_rouge_l:.2f} %, "
-        f"mean cross-entropy {mean_cross_entropy:.4f}"
+        f"measure: {len(records)} rows in {seconds:.0f} s, "
+        f"mean ROUGE-L {100 * mean_rouge_l:.2f} %, mean cross-entropy {mean_cross_entropy:.4f}"
     )

@@ -40,29 +40,35 @@ _INPUT_KEYS = (
 
 
 def needs_difficulty(config: Config) -> bool:
-    """Returns whether the order of the rows matters: not with one stage, nor when they are shuffled."""
+    """Returns whether the order of rows matters: not with one stage, nor when they are shuffled."""
     return config.curriculum.num_stages > 1 and config.curriculum.ordering != "shuffled"
 
 
 def make_plan(config: Config, run: RunDirectory) -> Plan:
     """Writes `plan.json` and returns the plan; one that is there already and fits is kept as it is.
 
-    Raises MissingInputError (66) without difficulty scores, DataError (65) when they are not those of the
-    training rows, MismatchError (78) when scores or plan were made from other inputs.
+    Raises MissingInputError (66) without difficulty scores, DataError (65) when they are not those
+    of the training rows, MismatchError (78) when scores or plan were made from other inputs.
     """
     rows = read_train(config)
     ranked = _ranked_examples(config, run, rows) if needs_difficulty(config) else None
     inputs = _inputs(config, rows, ranked)
-    easy_to_hard = list(rows.by_id()) if ranked is None else [example.example_id for example in ranked]
+    easy_to_hard = (
+        list(rows.by_id()) if ranked is None else [example.example_id for example in ranked]
+    )
     stages = make_stages(len(easy_to_hard), config.curriculum, config.engine.global_batch_size)
     if config.models.teacher is None:  # SFT: cross-entropy alone, in every stage
         stages = tuple(replace(stage, temperature=1.0, kd_ratio=0.0) for stage in stages)
     plan = Plan(order(easy_to_hard, config.curriculum.ordering, config.seed), stages)
     if run.plan.exists():
         kept = read_plan(run.plan)
-        compare_inputs(cast("Mapping[str, JSONValue]", read_json(run.plan)["inputs"]), inputs, run.plan)
+        compare_inputs(
+            cast("Mapping[str, JSONValue]", read_json(run.plan)["inputs"]), inputs, run.plan
+        )
         if kept != plan:
-            raise MismatchError(f"{run.plan}: this version plans otherwise from the same inputs; remove it")
+            raise MismatchError(
+                f"{run.plan}: this version plans otherwise from the same inputs; remove it"
+            )
     else:
         if ranked is not None:
             write_records(run.difficulty / "ranking.parquet", RankedExample, ranked)
@@ -71,7 +77,9 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
     return plan
 
 
-def _inputs(config: Config, rows: Rows, ranked: Sequence[RankedExample] | None) -> dict[str, JSONValue]:
+def _inputs(
+    config: Config, rows: Rows, ranked: Sequence[RankedExample] | None
+) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the plan depends on."""
     inputs = select_keys(config, (*_INPUT_KEYS, "data.limit")) | {"data.train sha256": rows.digest}
     inputs["models.teacher is null"] = config.models.teacher is None
@@ -80,15 +88,18 @@ def _inputs(config: Config, rows: Rows, ranked: Sequence[RankedExample] | None) 
     if ranked is not None:
         scores: list[JSONValue] = [[e.example_id, e.rouge_l, e.cross_entropy] for e in ranked]
         by_id = sorted(scores, key=lambda row: str(cast("list[JSONValue]", row)[0]))
-        inputs |= {"curriculum.rrf_k": config.curriculum.rrf_k, "difficulty sha256": digest_of(by_id)}
+        inputs |= {
+            "curriculum.rrf_k": config.curriculum.rrf_k,
+            "difficulty sha256": digest_of(by_id),
+        }
     return inputs
 
 
-# ----------------------------------------------------------------------------------------- the scores
+# --------------------------------------------------------------------------------------- the scores
 
 
 def _ranked_examples(config: Config, run: RunDirectory, rows: Rows) -> list[RankedExample]:
-    """Returns the ranking of the training rows, easy to hard; rows without a finite score are left out."""
+    """Returns the training rows ranked, easy to hard; rows without a finite score are left out."""
     record_of_inputs = run.difficulty / "inputs.json"
     if not record_of_inputs.exists():
         raise MissingInputError(f"{run.difficulty} holds no scores: run `pocl-dist measure` first")
@@ -96,7 +107,9 @@ def _ranked_examples(config: Config, run: RunDirectory, rows: Rows) -> list[Rank
     expected = config_inputs(config, rows)
     found = read_json(record_of_inputs)
     compare_inputs(
-        {key: value for key, value in found.items() if " model " not in key}, expected, run.difficulty
+        {key: value for key, value in found.items() if " model " not in key},
+        expected,
+        run.difficulty,
     )
     records = read_records(run.difficulty)
     quarantined = read_quarantine(run.difficulty)
@@ -106,7 +119,9 @@ def _ranked_examples(config: Config, run: RunDirectory, rows: Rows) -> list[Rank
     return fuse(records, config.curriculum.rrf_k)
 
 
-def _check_ids(rows: Rows, records: Sequence[DifficultyRecord], quarantined: set[str], folder: Path) -> None:
+def _check_ids(
+    rows: Rows, records: Sequence[DifficultyRecord], quarantined: set[str], folder: Path
+) -> None:
     expected = [name for name in rows.by_id() if name not in quarantined]
     scored = {record.example_id for record in records}
     missing = [name for name in expected if name not in scored]
@@ -118,7 +133,11 @@ def _check_ids(rows: Rows, records: Sequence[DifficultyRecord], quarantined: set
             ("rows of data.train are not scored", missing),
             ("scored rows are not in data.train", extra),
         )
-        parts = [f"{len(names)} {what} (first: {', '.join(names[:5])})" for what, names in findings if names]
+        parts = [
+            f"{len(names)} {what} (first: {', '.join(names[:5])})"
+            for what, names in findings
+            if names
+        ]
         raise DataError(f"{folder}: {'; '.join(parts)}; run `pocl-dist measure` to the end")
 
 
@@ -146,7 +165,9 @@ def _read_ranking(path: Path, value: Mapping[str, JSONValue]) -> tuple[str, ...]
 
     file = path.parent / str(value["ranking_file"])
     if file.resolve().parent != path.parent.resolve():
-        raise RefusedError(f"{path}: ranking_file {value['ranking_file']!r} leaves the folder of the plan")
+        raise RefusedError(
+            f"{path}: ranking_file {value['ranking_file']!r} leaves the folder of the plan"
+        )
     if not file.exists():
         raise MissingInputError(f"{path}: its ranking_file {file} is missing")
     if sha256_file(file) != value["ranking_sha256"]:
@@ -157,7 +178,8 @@ def _read_ranking(path: Path, value: Mapping[str, JSONValue]) -> tuple[str, ...]
 def read_plan(path: Path) -> Plan:
     """Returns the plan in `plan.json`.
 
-    Raises MissingInputError (66) without one, MismatchError (78) when it was changed after it was made.
+    Raises MissingInputError (66) without one, MismatchError (78) when it was
+    changed after it was made.
     """
     if not path.exists():
         raise MissingInputError(f"{path} does not exist: run `pocl-dist plan` first")
@@ -165,15 +187,19 @@ def read_plan(path: Path) -> Plan:
         value = read_json(path)
         digest = value.pop("digest")
         if digest_of(value) != digest:
-            raise MismatchError(f"{path} was changed after it was made (its digest differs); plan again")
-        stages = tuple(Stage.from_json(stage) for stage in cast("list[dict[str, object]]", value["stages"]))
+            raise MismatchError(
+                f"{path} was changed after it was made (its digest differs); plan again"
+            )
+        stages = tuple(
+            Stage.from_json(stage) for stage in cast("list[dict[str, object]]", value["stages"])
+        )
         ranking = _read_ranking(path, value)
     except (KeyError, TypeError, ValueError) as error:
         raise MismatchError(f"{path} is not a plan: {error!r}") from error
     return Plan(ranking, stages)
 
 
-# ------------------------------------------------------------------------------------------- display
+# ------------------------------------------------------------------------------------------ display
 
 
 def _show(plan: Plan, global_batch_size: int) -> None:
@@ -195,11 +221,17 @@ def _show(plan: Plan, global_batch_size: int) -> None:
             f"{visits:.0f}",
         )
     Console().print(table)
-    visits_per_row = sum(stage.num_examples * stage.epochs for stage in plan.stages) / len(plan.ranking)
-    say(f"plan: {visits_per_row:.2f} visits per row, {sum(stage.num_steps for stage in plan.stages)} steps")
+    visits_per_row = sum(stage.num_examples * stage.epochs for stage in plan.stages) / len(
+        plan.ranking
+    )
+    say(
+        f"plan: {visits_per_row:.2f} visits per row, "
+        f"{sum(stage.num_steps for stage in plan.stages)} steps"
+    )
     for stage in plan.stages:
         if stage.num_examples < global_batch_size:
             warn(
-                f"stage {stage.index} has {stage.num_examples} rows, less than engine.global_batch_size "
+                f"stage {stage.index} has {stage.num_examples} rows, "
+                "less than engine.global_batch_size "
                 f"{global_batch_size}: a batch spans several epochs"
             )

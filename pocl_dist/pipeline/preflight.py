@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pocl_dist.config import Config
 from pocl_dist.errors import ConfigError
-from pocl_dist.pipeline.inputs import read_dev, read_eval_sets, read_train, teacher_source, write_quarantine
+from pocl_dist.pipeline.inputs import (
+    read_dev,
+    read_eval_sets,
+    read_train,
+    teacher_source,
+    write_quarantine,
+)
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 
@@ -16,19 +22,32 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     train, dev, tests = read_train(config), read_dev(config), read_eval_sets(config)
     num_bad = write_quarantine(run, [train, *([dev] if dev else []), *tests.values()])
     if num_bad:
-        print(f"WARNING: {num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}", flush=True)
+        print(
+            f"WARNING: {num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}",
+            flush=True,
+        )
     teacher = teacher_source(config)
-    from pocl_dist.models.loading import check_same_tokenizer, load_tokenizer, num_layers
+    from pocl_dist.models.loading import (
+        check_same_tokenizer,
+        load_tokenizer,
+        num_layers,
+        num_positions,
+    )
     from pocl_dist.models.pruning import check_layers
     from pocl_dist.models.sources import find_model
 
     given = config.models.student
+    if teacher is not None:
+        _check_positions(config, num_positions(teacher), "models.teacher")
     if given.path is None:
         assert teacher is not None, "checked with the config"
         check_layers(num_layers(teacher), given.init_layers or [])
         encoder_tokenizer = load_tokenizer(teacher)
     else:
-        student = find_model(given.path, "models.student.path", given.revision, given.trust_remote_code)
+        student = find_model(
+            given.path, "models.student.path", given.revision, given.trust_remote_code
+        )
+        _check_positions(config, num_positions(student), "models.student")
         encoder_tokenizer = load_tokenizer(student)
         if teacher is not None:
             check_same_tokenizer(load_tokenizer(teacher), encoder_tokenizer)
@@ -39,6 +58,19 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     _check_ranks(config)
 
 
+def _check_positions(config: Config, positions: int | None, key: str) -> None:
+    """Raises ConfigError when sequences would exceed a model's positions; it would crash."""
+    if positions is None:
+        return
+    longest_answer = config.data.max_prompt_tokens + config.generation.max_new_tokens
+    for name, tokens in (
+        ("data.max_tokens", config.data.max_tokens),
+        ("data.max_prompt_tokens + generation.max_new_tokens", longest_answer),
+    ):
+        if tokens > positions:
+            raise ConfigError(f"{name}: {tokens} is more than the {positions} positions of {key}")
+
+
 def _check_ranks(config: Config) -> None:
     """Raises ConfigError when the ranks of this machine cannot share the global batch."""
     import torch
@@ -46,7 +78,8 @@ def _check_ranks(config: Config) -> None:
     ranks = config.engine.world_size or max(1, torch.cuda.device_count())
     if config.engine.global_batch_size % ranks:
         raise ConfigError(
-            f"engine.global_batch_size: {config.engine.global_batch_size} rows cannot be shared by {ranks} ranks "
+            f"engine.global_batch_size: {config.engine.global_batch_size} rows "
+            f"cannot be shared by {ranks} ranks "
             "(one per GPU); use a multiple of them or set engine.world_size"
         )
     if config.engine.dtype == "fp16" and not torch.cuda.is_available():

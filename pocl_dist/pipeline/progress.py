@@ -1,4 +1,4 @@
-"""Progress of a pass over rows: a live bar with rows/s and ETA on a terminal, else a line now and then."""
+"""Progress of a pass over rows: a live bar with rows/s and ETA on a terminal, else some lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report: the run in one JSON file and one table: stages, losses, test sets, and where the time went."""
+"""report: the run in one JSON file and table: stages, losses, test sets, where the time went."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OVERHEAD_STEPS = ("measure", "plan")
 
 
 def _stage_rows(metrics: list[dict[str, JSONValue]]) -> list[JSONValue]:
-    """Returns per stage the mean loss of its first and last epoch, its steps and its last dev metric."""
+    """Returns per stage the mean loss of first and last epoch, its steps and last dev metric."""
     losses: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     dev: dict[int, float] = {}
     for row in metrics:
@@ -69,7 +69,9 @@ def _print(value: dict[str, JSONValue]) -> None:
     from rich.table import Table
 
     console = Console()
-    stages = Table("stage", "steps", "loss, first epoch", "loss, last epoch", "dev", title="Training")
+    stages = Table(
+        "stage", "steps", "loss, first epoch", "loss, last epoch", "dev", title="Training"
+    )
     for row in cast("list[dict[str, float]]", value["stages"]):
         dev = "" if row["dev"] is None else f"{row['dev']:.2f}"
         losses = (f"{row['first_epoch_loss']:.4f}", f"{row['last_epoch_loss']:.4f}")
@@ -79,7 +81,12 @@ def _print(value: dict[str, JSONValue]) -> None:
     for name, result in cast("dict[str, dict[str, object]]", value["eval"]).items():
         baselines = cast("dict[str, dict[str, float]]", result.get("baselines") or {})
         for model, scores in {**baselines, "student": cast("dict[str, float]", result)}.items():
-            tests.add_row(name, model.replace("_", " "), f"{scores['rouge_l']:.2f}", f"{scores['exact_match']:.2f}")
+            tests.add_row(
+                name,
+                model.replace("_", " "),
+                f"{scores['rouge_l']:.2f}",
+                f"{scores['exact_match']:.2f}",
+            )
     if tests.row_count:
         console.print(tests)
     if value["time"]:
@@ -87,6 +94,7 @@ def _print(value: dict[str, JSONValue]) -> None:
         seconds = cast("dict[str, float]", value["time"]["seconds"])  # type: ignore[index,call-overload]
         parts = ", ".join(f"{step} {spent:.0f} s" for step, spent in seconds.items())
         console.print(
-            f"Time: {parts}. Measure and plan took {100 * time_used['measure_and_plan_share']:.1f} % of "
+            f"Time: {parts}. Measure and plan took "
+            f"{100 * time_used['measure_and_plan_share']:.1f} % of "
             f"{time_used['total_seconds']:.0f} s."
         )

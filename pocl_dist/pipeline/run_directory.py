@@ -97,7 +97,7 @@ class RunDirectory:
         atomic_write_text(self.root / "config.yaml", dump_config(config))
 
     def write_status(self, state: str, exit_code: int | None, phase: str, reason: str = "") -> None:
-        """Writes `status.json`; launchers lose exit codes, so the outcome has to stand in a file."""
+        """Writes `status.json`; launchers lose exit codes, so the outcome must stand in a file."""
         value = {
             "state": state,
             "exit_code": exit_code,
@@ -117,10 +117,10 @@ class RunDirectory:
 
 
 def check_made_from(path: Path, expected: Mapping[str, JSONValue]) -> bool:
-    """Returns whether the record `path` exists; raises MismatchError (78) when it names other inputs.
+    """Returns whether the record `path` exists; raises MismatchError (78) if it names other inputs.
 
-    A step writes such a record ({dotted key or input: value or digest}) before its first result, so that
-    neither a finished nor a half-finished result is continued with another config.
+    A step writes such a record ({dotted key or input: value or digest}) before its first result, so
+    that neither a finished nor a half-finished result is continued with another config.
     """
     if not path.exists():
         return False
@@ -190,8 +190,9 @@ def run_lock(root: Path) -> Iterator[None]:
 def kept_if_refused(root: Path) -> Iterator[None]:
     """Puts config, times and the sealed manifest back when the command in the context is refused.
 
-    Otherwise a finished run that someone starts again by mistake, with another config or bad rows, would
-    no longer verify, and its config.yaml would not be the one that its results were made with.
+    Otherwise a finished run that someone starts again by mistake, with another config
+    or bad rows, would no longer verify, and its config.yaml would not be the one that
+    its results were made with.
     """
     paths = [root / name for name in ("config.yaml", "timings.json", MANIFEST_NAME, SEAL_NAME)]
     before = {path: path.read_text() for path in paths if path.exists()}

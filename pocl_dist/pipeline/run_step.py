@@ -17,12 +17,14 @@ def run_step(name: str, step: Step, config: Config, run: RunDirectory) -> None:
     """Runs one step with its status, its time and the manifest around it."""
     run.write_status("running", None, name)
     started = time.monotonic()
+    stopped: StoppedError | None = None
     try:
         step(config, run)
-    except StoppedError:
-        write_manifest(run.root)  # what is saved can be verified before it is resumed
-        raise
+    except StoppedError as error:
+        stopped = error
     finally:
         if name != "report":
             run.add_seconds(name, time.monotonic() - started)
-    write_manifest(run.root)
+    write_manifest(run.root)  # after a stop too: what is saved can be verified before it is resumed
+    if stopped is not None:
+        raise stopped

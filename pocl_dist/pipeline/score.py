@@ -46,10 +46,14 @@ def read_predictions(path: Path) -> list[Prediction]:
             what = f"is {type(text).__name__}, expected text" if "text" in row else "is missing"
             raise DataError(f"{path}:{number}: field 'text' {what}")
         if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
-            raise DataError(f"{path}:{number}: field 'id' is {given!r}, expected text or a whole number")
+            raise DataError(
+                f"{path}:{number}: field 'id' is {given!r}, expected text or a whole number"
+            )
         given_id = None if given is None else str(given)
         if given_id is not None and given_id in row_of_id:
-            raise DataError(f"{path}:{number}: id {given_id!r} is that of row {row_of_id[given_id]} too")
+            raise DataError(
+                f"{path}:{number}: id {given_id!r} is that of row {row_of_id[given_id]} too"
+            )
         if given_id is not None:
             row_of_id[given_id] = number
         predictions.append(Prediction(number, text, given_id))
@@ -77,13 +81,15 @@ def _join_by_id(
     for prediction in predictions:
         if prediction.given_id not in references:
             raise DataError(
-                f"{predictions_path}:{prediction.row}: id {prediction.given_id!r} is not in {references_path}"
+                f"{predictions_path}:{prediction.row}: "
+                f"id {prediction.given_id!r} is not in {references_path}"
             )
     given = {prediction.given_id for prediction in predictions}
     for number, example_id in enumerate(references, start=1):
         if example_id not in given:
             raise DataError(
-                f"{references_path}: row {number}: id {example_id!r} has no answer in {predictions_path}"
+                f"{references_path}: row {number}: id {example_id!r} "
+                f"has no answer in {predictions_path}"
             )
     return [references[str(prediction.given_id)] for prediction in predictions]
 
@@ -103,7 +109,8 @@ def _join_by_line(
     if len(predictions) < len(references):
         raise DataError(
             f"{references_path}: row {len(predictions) + 1} has no answer: {predictions_path} has "
-            f"{len(predictions)} rows for {len(references)} (rows are joined by line unless all have ids)"
+            f"{len(predictions)} rows for {len(references)} "
+            "(rows are joined by line unless all have ids)"
         )
     return references
 
@@ -111,8 +118,9 @@ def _join_by_line(
 def score_files(predictions_path: Path, references_path: Path) -> ScoreSummary:
     """Returns the mean scores of a prediction file, in percent.
 
-    Rows are joined by id when every row of both files has one, else by line. Raises DataError (65) naming
-    file and row when they do not fit together, MissingInputError (66) for a file that is not there.
+    Rows are joined by id when every row of both files has one, else by line. Raises
+    DataError (65) naming file and row when they do not fit together, MissingInputError (66)
+    for a file that is not there.
     """
     for option, path in (("--predictions", predictions_path), ("--references", references_path)):
         if not path.is_file():

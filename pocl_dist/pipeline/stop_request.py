@@ -10,7 +10,7 @@ from pocl_dist.pipeline.run_directory import RunDirectory
 
 
 class StopRequest:
-    """A flag that signals set; it is looked at between steps. A second signal ends the process at once."""
+    """A flag that signals set, looked at between steps. A second one ends the process at once."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run

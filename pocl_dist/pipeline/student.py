@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class StudentWithLoss(nn.Module):
-    """Backbone, head and distillation loss. `temperature` and `kd_ratio` are what the next forward applies.
+    """Backbone, head and distillation loss. `temperature` and `kd_ratio` are for the next forward.
 
-    The head's weight is used by the loss, outside its own module: registering it as an external parameter
-    makes ZeRO-3 gather it for this module's forward and reduce the gradient that the loss gives it.
+    The head's weight is used by the loss, outside its own module: registering it as an
+    external parameter makes ZeRO-3 gather it for this module's forward and reduce the
+    gradient that the loss gives it.
     """
 
     def __init__(self, model: PreTrainedModel, loss: LossConfig, num_real_tokens: int) -> None:
@@ -47,7 +48,7 @@ class StudentWithLoss(nn.Module):
         teacher_hidden_NH: torch.Tensor | None,
         teacher_head: LMHead | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (loss sum with gradient, [kd, ce, kl] sums without) over the micro-batch's labels."""
+        """Returns (loss sum with gradient, [kd, ce, kl] sums without) of a micro-batch's labels."""
         is_label_BT = labels_BT != IGNORE_INDEX
         hidden_BTH = hidden_states(backbone_module(self.model), input_ids_BT, attention_mask_BT)
         # Boolean indexing keeps the graph also when nothing is selected: an empty micro-batch goes
@@ -64,19 +65,24 @@ class StudentWithLoss(nn.Module):
             temperature_scaling=self.loss.temperature_scaling,
             chunk_size=self.loss.chunk_tokens,
         )
-        return result.loss_sum, torch.stack([result.kd_loss_sum, result.ce_loss_sum, result.kl_sum]).double()
+        return result.loss_sum, torch.stack(
+            [result.kd_loss_sum, result.ce_loss_sum, result.kl_sum]
+        ).double()
 
 
 def plain_copy(engine: DeepSpeedEngine) -> PreTrainedModel:
     """Returns an unpartitioned copy of the student as it now is, in eval mode. Collective.
 
-    Each parameter is gathered once; after that every rank generates at its own pace, without collectives.
+    Each parameter is gathered once; after that every rank generates at its own
+    pace, without collectives.
     """
     module = engine.module
     assert isinstance(module, StudentWithLoss)
     reference = next(module.model.parameters())
     # A bare config is right here: this model is made outside of zero.Init and filled at once.
-    copied = AutoModelForCausalLM.from_config(copy.deepcopy(module.model.config), dtype=reference.dtype)
+    copied = AutoModelForCausalLM.from_config(
+        copy.deepcopy(module.model.config), dtype=reference.dtype
+    )
     copied = copied.to(reference.device)
     targets = dict(copied.named_parameters())
     with torch.no_grad():

@@ -60,7 +60,9 @@ def _forward_backward(
 def _update(engine: DeepSpeedEngine) -> float:
     """Clips, takes the AdamW step and returns the global gradient norm before clipping."""
     own_norm = None
-    if not engine.zero_optimization():  # DeepSpeed does not tell it here; gradients are whole and averaged
+    if (
+        not engine.zero_optimization()
+    ):  # DeepSpeed does not tell it here; gradients are whole and averaged
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         own_norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
@@ -77,14 +79,16 @@ def train_step(
     instruction: Instruction,
     rank: Rank,
 ) -> StepResult:
-    """Takes one optimizer step over this rank's micro-batches and returns the global figures. Collective.
+    """Takes one optimizer step on this rank's micro-batches and returns global figures. Collective.
 
-    1. every micro-batch: teacher, student, loss sum, backward, normalised by the global token count;
-    2. sums over the ranks; a loss that is not finite stops the run before the update (DivergedError, 76);
+    1. every micro-batch: teacher, student, loss sum, backward, normalised by the global token
+       count;
+    2. sums over the ranks; a loss that is not finite stops the run before the update
+       (DivergedError, 76);
     3. clip, AdamW.
 
-    DeepSpeed averages gradients over ranks and micro-batches; the factor undoes both, so that the gradient
-    is that of sum(loss) / global tokens however the batch is split.
+    DeepSpeed averages gradients over ranks and micro-batches; the factor undoes both, so that the
+    gradient is that of sum(loss) / global tokens however the batch is split.
     """
     factor = rank.world_size * engine.gradient_accumulation_steps() / num_label_tokens
     sums = torch.zeros(4, dtype=torch.float64, device=rank.device)
@@ -100,16 +104,18 @@ def train_step(
     loss, kd_loss, ce_loss, kl = (total / num_label_tokens for total in totals[:4])
     if not all(map(math.isfinite, totals[:4])):
         raise DivergedError(
-            f"step {instruction.step}, stage {instruction.stage}, temperature {instruction.temperature:g}: the loss is "
-            f"not finite (kd {kd_loss}, cross-entropy {ce_loss}); the step was not taken"
+            f"step {instruction.step}, stage {instruction.stage}, "
+            f"temperature {instruction.temperature:g}: the loss is not finite "
+            f"(kd {kd_loss}, cross-entropy {ce_loss}); the step was not taken"
         )
     skipped_before = engine.skipped_steps
     grad_norm = _update(engine)
     was_skipped = engine.skipped_steps > skipped_before
     if not math.isfinite(grad_norm) and not was_skipped:
         raise DivergedError(
-            f"step {instruction.step}, stage {instruction.stage}, temperature {instruction.temperature:g}: the gradient "
-            "norm is not finite; resume from the last checkpoint with a lower learning rate"
+            f"step {instruction.step}, stage {instruction.stage}, "
+            f"temperature {instruction.temperature:g}: the gradient norm is not finite; "
+            "resume from the last checkpoint with a lower learning rate"
         )
     return StepResult(
         loss=loss,

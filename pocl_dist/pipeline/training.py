@@ -22,10 +22,22 @@ from pocl_dist.distributed.engine import build_student_engine, num_micro_batches
 from pocl_dist.distributed.process_group import Rank, torch_dtype
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of
 from pocl_dist.models.heads import check_head
-from pocl_dist.models.loading import check_same_tokenizer, load_model, load_tokenizer, tokenizer_digest
+from pocl_dist.models.loading import (
+    check_same_tokenizer,
+    load_model,
+    load_tokenizer,
+    tokenizer_digest,
+)
 from pocl_dist.models.sources import model_digest
 from pocl_dist.pipeline.export import PREFIX
-from pocl_dist.pipeline.inputs import make_encoder, read_dev, read_train, student_source, teacher_source
+from pocl_dist.pipeline.inputs import (
+    RESULT_KEYS,
+    make_encoder,
+    read_dev,
+    read_train,
+    student_source,
+    teacher_source,
+)
 from pocl_dist.pipeline.plan import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.student import StudentWithLoss
@@ -39,31 +51,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pocl_dist.models.sources import ModelFolder
-
-# Another value of these would make another run; `engine.world_size`, micro batch, ZeRO stage and
-# offloading only change how it is computed.
-RESULT_KEYS = (
-    "seed",
-    "models",
-    "data.train",
-    "data.limit",
-    "data.dev",
-    "data.dev_limit",
-    "data.template",
-    "data.max_tokens",
-    "data.max_prompt_tokens",
-    "curriculum",
-    "dev",
-    "loss.name",
-    "loss.kwargs",
-    "loss.temperature_scaling",
-    "optimizer",
-    "policy",
-    "teacher.source",
-    "engine.global_batch_size",
-    "engine.dtype",
-    "export",
-)
 
 
 @dataclass
@@ -95,12 +82,18 @@ class Training:
             return
         self.log.write(row)
         for tracker in self.trackers:
-            numbers = {key: float(v) for key, v in row.items() if isinstance(v, int | float) and key != "step"}
+            numbers = {
+                key: float(v)
+                for key, v in row.items()
+                if isinstance(v, int | float) and key != "step"
+            }
             tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers)
 
     def __post_init__(self) -> None:
         folder, step = self.run.root, self.coordinator.progress.step
-        self.trackers = open_trackers(self.config.log.tensorboard, folder, step) if self.rank.is_main else []
+        self.trackers = (
+            open_trackers(self.config.log.tensorboard, folder, step) if self.rank.is_main else []
+        )
 
     def close(self) -> None:
         """Closes the log and the trackers."""
@@ -110,22 +103,31 @@ class Training:
             tracker.close()
 
 
-
 def _encode_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: Config, what: str, rank: Rank
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    what: str,
+    rank: Rank,
 ) -> dict[str, EncodedExample]:
     encoder = make_encoder(config, tokenizer)
     encoded = {example.example_id: encoder.encode(example) for example in examples}
     num_prompts = sum(item.is_prompt_cut for item in encoded.values())
     num_responses = sum(item.is_response_cut for item in encoded.values())
     if rank.is_main and num_prompts + num_responses:
-        print(f"{what}: {num_prompts} prompts and {num_responses} responses cut, of {len(encoded)} rows", flush=True)
+        print(
+            f"{what}: {num_prompts} prompts and {num_responses} responses cut, "
+            f"of {len(encoded)} rows",
+            flush=True,
+        )
     return encoded
 
 
 def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
-    """Loads all that the loop needs, resumed from the newest good checkpoint if there is one. Collective."""
-    num_micro_batches(config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size)
+    """Loads all that the loop needs, resumed from the newest good checkpoint if any. Collective."""
+    num_micro_batches(
+        config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size
+    )
     dtype = torch_dtype(config.engine.dtype, rank.device)
     plan = read_plan(run.plan)
     rows, dev = read_train(config), read_dev(config)
@@ -149,14 +151,19 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     if teacher_folder is not None:
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
+    resume_step = -1 if checkpoint is None else checkpoint.step
     display = TrainingDisplay(sum(stage.num_steps for stage in plan.stages), config.log.every)
     if checkpoint is not None and rank.is_main:
         print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
     if rank.is_main:
+        num_batches = num_micro_batches(
+            config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size
+        )
         print(
-            f"distill: {rank.world_size} rank(s) on {rank.device.type}, ZeRO stage {config.engine.zero_stage}, {dtype}, "
-            f"{num_micro_batches(config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size)} "
-            f"micro-batch(es) of at most {config.engine.micro_batch_size} rows per rank and step",
+            f"distill: {rank.world_size} rank(s) on {rank.device.type}, "
+            f"ZeRO stage {config.engine.zero_stage}, {dtype}, "
+            f"{num_batches} micro-batch(es) of at most "
+            f"{config.engine.micro_batch_size} rows per rank and step",
             flush=True,
         )
     return Training(
@@ -165,13 +172,15 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         rank=rank,
         plan=plan,
         encoded=_encode_all(rows.examples, tokenizer, config, "train", rank),
-        dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples] if dev else [],
+        dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples]
+        if dev
+        else [],
         student=student,
         tokenizer=tokenizer,
         teacher=teacher,
         engine=engine,
         coordinator=coordinator,
-        log=MetricsLog(run.metrics, coordinator.progress.step) if rank.is_main else None,
+        log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
         display=display,
     )
 

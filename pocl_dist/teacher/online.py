@@ -36,11 +36,13 @@ class _Backbone(nn.Module):
 class OnlineTeacher:
     """A frozen causal LM that answers each micro-batch with the hidden states its head reads."""
 
-    def __init__(self, source: ModelFolder, config: Config, rank: Rank, num_real_tokens: int) -> None:
+    def __init__(
+        self, source: ModelFolder, config: Config, rank: Rank, num_real_tokens: int
+    ) -> None:
         """Loads and partitions the teacher. Collective.
 
-        The weights go from the files straight into partitions (`zero.Init` through transformers), so that
-        no rank ever holds the whole teacher.
+        The weights go from the files straight into partitions (`zero.Init` through transformers),
+        so that no rank ever holds the whole teacher.
         """
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
@@ -52,14 +54,16 @@ class OnlineTeacher:
         model.requires_grad_(False)
         self.model = model
         self.num_real_tokens = num_real_tokens
-        engine, *_ = deepspeed.initialize(model=_Backbone(model), config=settings, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=_Backbone(model), config=settings, dist_init_required=False
+        )
         self.engine: DeepSpeedEngine = engine
         self.engine.eval()
         check_head(model, num_real_tokens, gathered)
 
     @torch.no_grad()
     def hidden_of_labels(self, batch: Batch) -> torch.Tensor:
-        """Returns the hidden states (N, H) of the positions with a label. Collective (ZeRO-3 gathers)."""
+        """Returns hidden states (N, H) of positions with a label. Collective (ZeRO-3 gathers)."""
         hidden_BTH: torch.Tensor = self.engine(batch.input_ids_BT, batch.attention_mask_BT)
         return hidden_BTH[batch.labels_BT != IGNORE_INDEX]
 

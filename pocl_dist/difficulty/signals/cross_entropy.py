@@ -1,4 +1,4 @@
-"""Mean cross-entropy of the reference response under the student, eos included, at temperature 1."""
+"""Mean cross-entropy of the reference response under the student, incl. eos, at temperature 1."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pocl_dist.difficulty.signals.signal import AnsweredBatch, Signal
 
 
 def compute(batch: AnsweredBatch) -> list[float]:
-    """Returns the mean of each row in nats, fp32; one that is not finite is the caller's to quarantine."""
+    """Returns each row's mean in nats, fp32; the caller quarantines one that is not finite."""
     # Not at module level: fusion and plan read this declaration and run without torch.
     from pocl_dist.data.encoding import collate, pad_id_of
     from pocl_dist.models.generation import mean_cross_entropies

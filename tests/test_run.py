@@ -1,0 +1,139 @@
+"""The whole pipeline through the real command line, Ray and the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_config, write_rows
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "pocl_dist", *words]
+
+
+def wait_for_steps(metrics: Path, num_steps: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 150
+    while not metrics.exists() or metrics.read_text().count('"kind": "step"') < num_steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no steps in time"
+        time.sleep(0.1)
+
+
+def steps(run_dir: Path) -> list[int]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row["step"] for row in rows if row["kind"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_pair: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a run directory that was stopped by SIGTERM in the middle and then finished."""
+    folder = tmp_path_factory.mktemp("whole")
+    test_set = write_rows(folder / "test.jsonl", 6)
+    config = write_config(
+        folder,
+        *tiny_pair,
+        data={"eval": [str(test_set)], "dev": str(test_set)},
+        curriculum={"num_stages": 2, "epochs_per_stage": 10, "ordering": "curriculum"},
+        engine={"world_size": 2, "micro_batch_size": 4, "global_batch_size": 8},
+        ray={"num_actors": 1},
+        evaluate={"baselines": True},
+    )
+    words = command("run", str(config))
+    first = subprocess.Popen(
+        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_steps(folder / "run" / "metrics.jsonl", 3, first)
+    first.send_signal(signal.SIGTERM)
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 75, output
+    status = json.loads((folder / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["retryable"]) == ("stopped", 75, True)
+    assert subprocess.run(command("verify", str(folder / "run"))).returncode == 0
+    num_before = len(steps(folder / "run"))
+    second = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert f"resumed from {folder / 'run' / 'checkpoints'}" in second.stdout
+    assert f"(step {num_before})" in second.stdout
+    return folder / "run"
+
+
+def test_a_stopped_run_goes_on_to_its_end_and_takes_every_step_once(run_dir: Path) -> None:
+    plan = json.loads((run_dir / "plan.json").read_text())
+    total = sum(stage["num_steps"] for stage in plan["stages"])
+    assert steps(run_dir) == list(range(1, total + 1))
+
+
+def test_the_run_directory_holds_what_the_readme_promises(run_dir: Path) -> None:
+    names = [
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "report.json",
+        "status.json",
+        "manifest.json",
+    ]
+    assert all((run_dir / name).is_file() for name in names)
+    assert (run_dir / "export" / "model.safetensors").is_file()
+    report = json.loads((run_dir / "eval" / "test" / "report.json").read_text())
+    assert set(report["baselines"]) == {"teacher", "student_before"}
+    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[1])
+    promised = (
+        "kind step stage epoch loss kd_loss ce_loss kl temperature kd_ratio learning_rate "
+        "grad_norm num_tokens tokens_per_second padding_share peak_memory_bytes"
+    )
+    assert row["kind"] == "step" and set(promised.split()) <= set(row)
+
+
+def test_the_report_shows_the_share_of_time_of_measure_and_plan(run_dir: Path) -> None:
+    time_used = json.loads((run_dir / "report.json").read_text())["time"]
+    seconds = time_used["seconds"]
+    expected = (seconds["measure"] + seconds["plan"]) / sum(seconds.values())
+    assert time_used["measure_and_plan_share"] == pytest.approx(expected)
+    assert {"measure", "plan", "distill", "evaluate"} <= set(seconds)
+
+
+def test_a_finished_run_verifies_until_one_bit_of_it_changes(run_dir: Path) -> None:
+    assert subprocess.run(command("verify", str(run_dir))).returncode == 0
+    assert subprocess.run(command("outcome", str(run_dir)), capture_output=True).returncode == 0
+    weights = run_dir / "export" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    damaged = subprocess.run(command("verify", str(run_dir)), capture_output=True, text=True)
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert damaged.returncode == 78
+    assert "export/model.safetensors" in damaged.stderr
+
+
+def test_distill_also_works_under_torchrun(
+    tiny_pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, *tiny_pair)
+    assert subprocess.run(command("plan", str(config)), capture_output=True).returncode == 0
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*torchrun, "-m", "pocl_dist", "distill", str(config)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps(tmp_path / "run")[-1] == 9
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    assert subprocess.run(command("verify", str(tmp_path / "run"))).returncode == 0
