@@ -23,5 +23,5 @@ fi
 # The launcher would otherwise read /job/hostfile; an empty path keeps this on one node.
 
 exec "$PYTHON" -m deepspeed.launcher.runner \
-    --hostfile /dev/null --log_level error --num_gpus "$NUM_RANKS" --master_addr 127.0.0.1 --master_port "$MASTER_PORT" \
+    --hostfile /dev/null --log_level critical --num_gpus "$NUM_RANKS" --master_addr 127.0.0.1 --master_port "$MASTER_PORT" \
     --no_local_rank --module pocl_dist distill "$@"

@@ -108,6 +108,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
         try:
             if is_owner:
                 run.write_config(config)
+                run.write_status("running", None, command)
                 os.environ["POCL_DIST_PARENT"] = str(run.root.resolve())
             if is_owner and command != "run":
                 run_step(command, step, config, run)
@@ -121,13 +122,13 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
 
 
 def _record_failure(run: RunDirectory, command: str, error: BaseException, is_rank: bool) -> None:
-    """Writes how the run ended; among ranks the first report stands, others only lost a peer."""
+    """Writes how the run ended; of ranks the first report stands, the others lost a peer."""
     code, reason = describe(error)
-    if is_rank and run.status.exists() and json.loads(run.status.read_text())["state"] != "running":
+    status = json.loads(run.status.read_text()) if run.status.exists() else {}
+    if is_rank and status.get("state", "running") != "running":
         return
-    run.write_status(
-        "stopped" if isinstance(error, StoppedError) else "failed", code, command, reason
-    )
+    state = "stopped" if isinstance(error, StoppedError) else "failed"
+    run.write_status(state, code, status.get("phase", command), reason)
 
 
 def describe(error: BaseException) -> tuple[int, str]:
@@ -192,7 +193,9 @@ def main(words: Sequence[str] | None = None) -> None:
         if code == 70:
             traceback.print_exc()
             reason += "\nThis is a bug in pocl_dist; please report it with the lines above."
-        print(f"pocl-dist {arguments.command}: {reason}", file=sys.stderr, flush=True)
+        # All ranks stop together, and whoever started them says so: once is enough.
+        if not (code == 75 and "RANK" in os.environ and "POCL_DIST_PARENT" in os.environ):
+            print(f"pocl-dist {arguments.command}: {reason}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if "RANK" in os.environ:
         # A rank that failed must not wait in the destructors of a process group for the others.

@@ -271,7 +271,7 @@ def test_a_stage_smaller_than_a_batch_is_warned_about(
 ) -> None:
     config, run = planned_run(tmp_path, scores(), engine={"global_batch_size": 16})
     make_plan(config, run)
-    assert "stage 0 has 11 rows, less than engine.global_batch_size 16" in capsys.readouterr().err
+    assert "stage 1 has 11 rows, less than engine.global_batch_size 16" in capsys.readouterr().err
 
 
 def test_planning_loads_no_torch(tmp_path: Path) -> None:

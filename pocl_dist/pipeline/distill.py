@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 
 import torch
@@ -59,7 +60,8 @@ def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -
             f"but the launcher started {rank.world_size} ranks"
         )
     training = prepare_training(config, run, rank)
-    with training.display.live():
+    # On rank 0 only: two live displays would draw over each other.
+    with training.display.live() if rank.is_main else nullcontext():
         while True:
             is_save_asked = rank.is_main and run.save_file.exists()
             instruction = training.coordinator.next_instruction(stop.is_asked(), is_save_asked)

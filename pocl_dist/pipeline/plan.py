@@ -212,7 +212,7 @@ def _show(plan: Plan, global_batch_size: int) -> None:
     for stage in plan.stages:
         visits = stage.num_examples * stage.epochs
         table.add_row(
-            str(stage.index),
+            str(stage.index + 1),  # people count from 1; files hold the index
             str(stage.num_examples),
             f"{stage.temperature:.3f}",
             f"{stage.kd_ratio:.3f}",
@@ -231,7 +231,7 @@ def _show(plan: Plan, global_batch_size: int) -> None:
     for stage in plan.stages:
         if stage.num_examples < global_batch_size:
             warn(
-                f"stage {stage.index} has {stage.num_examples} rows, "
+                f"stage {stage.index + 1} has {stage.num_examples} rows, "
                 "less than engine.global_batch_size "
                 f"{global_batch_size}: a batch spans several epochs"
             )
