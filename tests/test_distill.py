@@ -151,7 +151,7 @@ def test_a_student_without_teacher_learns_by_cross_entropy_alone(
     tiny_pair: Pair, tmp_path: Path
 ) -> None:
     _, student, rows = tiny_pair
-    curriculum = {"num_stages": 1, "epochs_per_stage": 6}
+    curriculum = {"num_stages": 1, "epochs_per_stage": 12}
     optimizer = {"learning_rate": 1e-2}
     run = distill(
         write_config(tmp_path, None, student, rows, curriculum=curriculum, optimizer=optimizer), 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -37,10 +38,10 @@ WORDS = [
 
 
 def write_rows(path: Path, num_rows: int) -> Path:
-    """Writes rows with prompts and responses of uneven lengths."""
+    """Writes rows, all different, with prompts and responses of uneven lengths."""
     lines = []
     for index in range(num_rows):
-        words = [WORDS[(index * 7 + k) % len(WORDS)] for k in range(1 + index % 6)]
+        words = random.Random(index).choices(WORDS, k=1 + index % 6)
         row = {
             "id": f"row-{index:03d}",
             "instruction": "say " + " ".join(words),
