@@ -17,8 +17,12 @@ fi
 if [ -z "${MASTER_PORT:-}" ]; then
     MASTER_PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 fi
-if ! command -v nvidia-smi >/dev/null 2>&1; then
+if ! command -v nvidia-smi >/dev/null 2>&1 || [ "${CUDA_VISIBLE_DEVICES-all}" = "" ]; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
+# The launcher replaces CUDA_VISIBLE_DEVICES by 0..N-1; the ranks put the caller's choice back.
+if [ -n "${CUDA_VISIBLE_DEVICES+x}" ]; then
+    export POCL_DIST_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES"
 fi
 # The launcher would otherwise read /job/hostfile; an empty path keeps this on one node.
 

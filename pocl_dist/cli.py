@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist import __version__
-from pocl_dist.errors import EXIT_CODES, MismatchError, MissingInputError, PoclError, StoppedError
+from pocl_dist.errors import (
+    EXIT_CODES,
+    MismatchError,
+    MissingInputError,
+    PoclError,
+    StoppedError,
+    UsageError,
+)
 from pocl_dist.files import explain_storage_error
 
 if TYPE_CHECKING:
@@ -92,10 +100,16 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused, run_lock
     from pocl_dist.pipeline.run_step import run_step
 
-    files = [word for word in words if "=" not in word]
-    config = load_config(files, [word for word in words if "=" in word])
+    # A path may hold a "=" too, but has a slash or a dot before it that no key has.
+    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
+    files = [word for word in words if not is_override(word)]
+    config = load_config(files, [word for word in words if is_override(word)])
     run = RunDirectory(Path(config.run_dir))
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if is_rank and command != "distill":
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            raise UsageError(f"{command} is one process; a launcher starts `distill` only")
+        is_rank = False
     step = _step_of(command, is_rank)
     # Ranks that `run` or `distill` started work under the lock, config and manifest of that
     # process; those of another launcher (torchrun, Slurm) have rank 0 for it.
@@ -117,8 +131,18 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
             if is_owner or os.environ["RANK"] == "0":
                 run.write_status("done", 0, command)
         except BaseException as error:
-            _record_failure(run, command, error, is_rank)
+            if is_owner and isinstance(error, StoppedError):
+                run.stop_file.unlink(missing_ok=True)  # honoured: the same command goes on
+            has_joined = is_owner or is_child or _has_joined()
+            if has_joined:  # else the run may be another's: rank 0 was refused, this one left alone
+                _record_failure(run, command, error, is_rank)
             raise
+
+
+def _has_joined() -> bool:
+    """Returns whether this rank is in a process group; without importing torch for the question."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
 
 
 def _record_failure(run: RunDirectory, command: str, error: BaseException, is_rank: bool) -> None:
@@ -154,12 +178,17 @@ def _verify(run_dir: Path) -> None:
 
 
 def _outcome(run_dir: Path) -> int:
+    from pocl_dist.pipeline.run_directory import is_locked
+
     path = run_dir / "status.json"
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist: no run was started here")
     status = json.loads(path.read_text())
     print(json.dumps(status, indent=1))
-    return 75 if status["exit_code"] is None else int(status["exit_code"])
+    if status["exit_code"] is not None:
+        return int(status["exit_code"])
+    # "running": is somebody? A killed launcher, or an aborted collective, leaves no last word.
+    return 75 if is_locked(run_dir) else 71
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
@@ -185,6 +214,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parses the command line, runs the command and exits with the code of the table."""
+    if "RANK" in os.environ and "POCL_DIST_VISIBLE_DEVICES" in os.environ:
+        # Before torch is imported: the deepspeed launcher has replaced the caller's choice.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["POCL_DIST_VISIBLE_DEVICES"]
     arguments = _parser().parse_args(words)
     try:
         code = _dispatch(arguments)

@@ -12,6 +12,7 @@ from pocl_dist.files import read_json_lines
 from pocl_dist.pipeline.run_directory import RunDirectory
 from tests.tiny import write_config
 from tests.training import (
+    buffer_dtypes,
     checkpoint_tensors,
     distill,
     distill_with_stray,
@@ -230,3 +231,10 @@ def test_bf16_trains_near_fp32_and_resumes_exactly(
     distill(config, 2, stop_after=4)
     run = distill(config, 2)
     assert _without_speed(step_rows(run)) == _without_speed(step_rows(whole))
+
+
+def test_in_bf16_the_frequencies_of_rope_stay_fp32(tiny_pair: Pair, tmp_path: Path) -> None:
+    engine = {"micro_batch_size": 3, "global_batch_size": 8, "dtype": "bf16"}
+    dtypes = buffer_dtypes(write_config(tmp_path, *tiny_pair, engine=engine))
+    assert any("inv_freq" in name for name in dtypes)
+    assert set(dtypes.values()) == {"torch.float32"}

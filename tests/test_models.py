@@ -278,3 +278,16 @@ def test_sampled_answers_follow_the_seed_and_leave_the_callers_random_state_alon
     assert torch.equal(torch.rand(3), wanted)
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) > 1
+
+
+def test_a_models_own_generation_defaults_do_not_reach_its_answers(
+    tiny_pair: tuple[Path, Path, Path],
+) -> None:
+    source = ModelFolder(tiny_pair[1], "student")
+    tokenizer, model = load_tokenizer(source), load_model(source, torch.float32)
+    prompts = [[5, 6, 7], [8, 9]]
+    expected = generate_answers(model, tokenizer, prompts, Sampling(8))
+    biased = load_model(source, torch.float32)
+    biased.generation_config.repetition_penalty = 9.0
+    biased.generation_config.min_new_tokens = 8
+    assert generate_answers(biased, tokenizer, prompts, Sampling(8)) == expected

@@ -128,6 +128,22 @@ def first_gradient(config: Path, world_size: int) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in gradients.items()}
 
 
+def _buffer_dtypes(path: str) -> dict[str, str]:
+    from pocl_dist.distributed.process_group import join_process_group
+    from pocl_dist.pipeline.training import prepare_training
+
+    config = load_config([path])
+    training = prepare_training(config, RunDirectory(Path(config.run_dir)), join_process_group(60))
+    return {name: str(value.dtype) for name, value in training.module.named_buffers()}
+
+
+def buffer_dtypes(config: Path) -> dict[str, str]:
+    """Returns {buffer of the trained module: dtype}."""
+    loaded = load_config([config])
+    make_plan(loaded, RunDirectory(Path(loaded.run_dir)))
+    return run_ranks(_buffer_dtypes, 1, str(config))[0]
+
+
 def plain_torch_weights(
     pair: tuple[Path, Path, Path], run: RunDirectory
 ) -> dict[str, torch.Tensor]:

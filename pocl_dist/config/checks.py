@@ -87,6 +87,10 @@ def _check_data(config: Config) -> None:
         )
     if data.dev is None and curriculum.advance == "converged":
         raise ConfigError("curriculum.advance: 'converged' needs data.dev")
+    if curriculum.advance == "converged" and config.dev.every is None:
+        raise ConfigError(
+            "curriculum.advance: 'converged' needs dev.every, the steps between dev evaluations"
+        )
     if data.dev is None and config.export.select == "best_dev":
         raise ConfigError("export.select: 'best_dev' needs data.dev")
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_dist.difficulty.signals import SIGNALS, AnsweredBatch
 from pocl_dist.difficulty.work import WorkBatch, WorkShard
+from pocl_dist.distributed.process_group import torch_dtype
 from pocl_dist.errors import ConfigError, MismatchError
 from pocl_dist.models.generation import Sampling, generate_answers
 from pocl_dist.models.loading import load_model, load_tokenizer
@@ -30,6 +31,7 @@ class WorkerSettings:
     model_digest: str  # what `model_digest` has to give where the worker runs
     sampling: Sampling
     num_threads: int
+    dtype_name: str | None = None  # engine.dtype
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,14 @@ class ModelWorker:
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def start(self) -> str:
-        """Loads the model, fp32 on CPU and bf16 on a GPU; returns the device.
+        """Loads the model in `engine.dtype`; returns the device.
 
         Not in `__init__`: an error there reaches the driver without its class.
         """
         self._check_model()
         torch.set_num_threads(self.settings.num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = torch_dtype(self.settings.dtype_name, device)
         self._tokenizer = load_tokenizer(self.settings.model)
         self._model = load_model(self.settings.model, dtype).to(device)  # type: ignore[arg-type]
         return str(device)

@@ -55,6 +55,8 @@ def join_process_group(timeout_seconds: float) -> Rank:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if has_gpu and "LOCAL_RANK" not in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise ConfigError("LOCAL_RANK is not set: all ranks of this host would take its first GPU")
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
@@ -96,6 +98,11 @@ def lost_peers_named(rank: Rank) -> Iterator[None]:
     """Turns the error of a collective whose peer died or hung into a WorkerError (71)."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "engine.micro_batch_size: the step does not fit into the memory of rank "
+            f"{rank.index}'s device; lower it, or set engine.gradient_checkpointing: true"
+        ) from error
     except RuntimeError as error:
         if any(sign in str(error).lower() for sign in _LOST_PEER):
             line = str(error).strip().splitlines()[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +54,8 @@ def generate_answers(
     wherever and whenever it runs.
     """
     settings = sampling.to_generation_config(tokenizer)
+    # generate() fills what is unset from here: a model's own repetition penalty would slip in.
+    model.generation_config = settings
     longest = max(len(prompt) for prompt in prompts)
     pad = int(settings.pad_token_id)
     ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -80,6 +82,7 @@ def mean_cross_entropies(model: PreTrainedModel, batch: Batch, num_real_tokens: 
     batch = batch.to(next(model.parameters()).device)
     hidden_BTH = hidden_states(backbone_module(model), batch.input_ids_BT, batch.attention_mask_BT)
     head = lm_head(model, num_real_tokens)
+    head = replace(head, weight_VH=head.weight_VH.float())  # once, not for every row
     means = []
     for hidden_TH, labels_T in zip(hidden_BTH, batch.labels_BT, strict=True):
         is_label = labels_T != IGNORE_INDEX

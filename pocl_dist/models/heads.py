@@ -58,8 +58,8 @@ def hidden_states(
 
 def head_logits(hidden_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
     """Returns the logits (N, V_real) in fp32; for a few positions only (scoring, self-check)."""
-    weight, bias = head.weight_VH[: head.num_real_tokens], head.bias_V
-    logits_NV = (hidden_NH @ weight.T).float()
+    weight, bias = head.weight_VH[: head.num_real_tokens].float(), head.bias_V
+    logits_NV = hidden_NH.float() @ weight.T
     if bias is not None:
         logits_NV = logits_NV + bias[: head.num_real_tokens].float()
     logits_NV = logits_NV * head.logit_scale

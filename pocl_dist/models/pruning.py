@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pocl_dist.errors import ConfigError
 from pocl_dist.models.loading import load_model, load_tokenizer
@@ -55,7 +55,7 @@ def prune_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedM
         old, _, rest = key[len(name) + 1 :].partition(".")
         if int(old) in new_index:
             state[f"{name}.{new_index[int(old)]}.{rest}"] = value
-    student = AutoModelForCausalLM.from_config(config, dtype=next(teacher.parameters()).dtype)
+    student = type(teacher)._from_config(config, dtype=next(teacher.parameters()).dtype)
     student.load_state_dict(state)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return cast("PreTrainedModel", student.eval())

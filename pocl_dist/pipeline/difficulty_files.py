@@ -44,6 +44,7 @@ _INPUT_KEYS = (
     "data.max_tokens",
     "data.max_prompt_tokens",
     "generation",
+    "engine.dtype",
     "ray.cpus_per_actor",
 )
 _TOKENIZER_FILES = (

@@ -64,7 +64,8 @@ def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -
     with training.display.live() if rank.is_main else nullcontext():
         while True:
             is_save_asked = rank.is_main and run.save_file.exists()
-            instruction = training.coordinator.next_instruction(stop.is_asked(), is_save_asked)
+            is_stop_asked = stop.is_asked() or training.is_stop_asked
+            instruction = training.coordinator.next_instruction(is_stop_asked, is_save_asked)
             if instruction.action == Action.TRAIN:
                 _train(training, instruction, stop)
             elif instruction.action == Action.EVALUATE:
@@ -113,6 +114,7 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     )
     num_label_tokens = sum(batch.num_label_tokens for batch in batches)
     agreement = agree(digest, num_label_tokens, stop.was_signalled, instruction, rank)
+    training.is_stop_asked |= agreement.is_stop_asked
     # Dropout masks: a function of step and rank, so that a resumed run draws the same ones.
     torch.manual_seed(config.seed * 1_000_003 + instruction.step * 1009 + rank.index)
     teacher = training.teacher if instruction.kd_ratio > 0 else None

@@ -47,6 +47,7 @@ _INPUT_KEYS = (
     "data.template",
     "data.max_tokens",
     "data.max_prompt_tokens",
+    "engine.dtype",
     "ray.cpus_per_actor",
 )
 
@@ -103,7 +104,7 @@ def _models(config: Config, run: RunDirectory) -> dict[str, ModelFolder]:
         STUDENT: ModelFolder(run.export, str(run.export), config.models.student.trust_remote_code)
     }
     if config.evaluate.baselines:
-        teacher = teacher_source(config)
+        teacher = teacher_source(config, run)
         if teacher is not None:
             models["teacher"] = teacher
         models["student_before"] = student_source(config, run)
@@ -192,7 +193,9 @@ def _settings(config: Config, source: ModelFolder, model_digest: str) -> WorkerS
         top_p=options.top_p,
         no_repeat_ngram_size=options.no_repeat_ngram_size,
     )
-    return WorkerSettings(source, model_digest, sampling, config.ray.cpus_per_actor)
+    return WorkerSettings(
+        source, model_digest, sampling, config.ray.cpus_per_actor, config.engine.dtype
+    )
 
 
 def _shards(config: Config, pair: Pair, seed: int, encoder: Encoder) -> list[WorkShard]:

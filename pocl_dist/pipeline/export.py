@@ -31,7 +31,9 @@ def student_from_checkpoint(
     settings = AutoConfig.from_pretrained(
         source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
     )
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(settings), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(settings), dtype=dtype, trust_remote_code=source.trust_remote_code
+    )
     targets = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in checkpoint.tensors(WEIGHTS):

@@ -19,7 +19,7 @@ def needs_init_student(config: Config) -> bool:
 
 def init_student(config: Config, run: RunDirectory) -> None:
     """Writes `init_student/` (safetensors, tokenizer); does nothing when it is there already."""
-    teacher = teacher_source(config)
+    teacher = teacher_source(config, run)
     layers = config.models.student.init_layers
     if teacher is None or layers is None:
         raise ConfigError(

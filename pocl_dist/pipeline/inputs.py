@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 from pocl_dist.config import Config, select_keys
 from pocl_dist.data.sources import Rows, read_rows
 from pocl_dist.errors import DataError
-from pocl_dist.files import JSONValue, atomic_write_text, sha256_file
+from pocl_dist.files import (
+    JSONValue,
+    atomic_write_json,
+    atomic_write_text,
+    read_json,
+    sha256_file,
+)
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -33,6 +39,7 @@ RESULT_KEYS = (
     "data.max_prompt_tokens",
     "curriculum",
     "dev",
+    "generation",  # of the dev metric
     "loss.name",
     "loss.kwargs",
     "loss.temperature_scaling",
@@ -92,21 +99,39 @@ def write_quarantine(run: RunDirectory, all_rows: list[Rows]) -> int:
     return len(bad)
 
 
-def teacher_source(config: Config) -> ModelFolder | None:
-    """Returns the teacher's local folder (converted, downloaded), or None for SFT."""
+def _find_once(
+    run: RunDirectory, key: str, path: str, revision: str | None, trust_remote_code: bool
+) -> ModelFolder:
+    """Returns a model's folder; a hub id keeps the commit that the run first resolved it to.
+
+    The commit stands in `models.json`: if the branch moves, a resumed run finds its own model.
+    """
     from pocl_dist.models.sources import find_model
 
+    record = run.root / "models.json"
+    known = read_json(record) if record.exists() else {}
+    asked: dict[str, JSONValue] = {"path": path, "revision": revision}
+    entry = known.get(key)
+    if isinstance(entry, dict) and {name: entry.get(name) for name in asked} == asked:
+        return find_model(path, key, str(entry["commit"]), trust_remote_code)
+    found = find_model(path, key, revision, trust_remote_code)
+    if found.commit is not None:
+        atomic_write_json(record, {**known, key: {**asked, "commit": found.commit}})
+    return found
+
+
+def teacher_source(config: Config, run: RunDirectory) -> ModelFolder | None:
+    """Returns the teacher's local folder (converted, downloaded), or None for SFT."""
     teacher = config.models.teacher
     if teacher is None:
         return None
-    return find_model(
-        teacher.path, "models.teacher.path", teacher.revision, teacher.trust_remote_code
-    )
+    key = "models.teacher.path"
+    return _find_once(run, key, teacher.path, teacher.revision, teacher.trust_remote_code)
 
 
 def student_source(config: Config, run: RunDirectory) -> ModelFolder:
     """Returns the student's local folder: the given one, or the one that init-student made."""
-    from pocl_dist.models.sources import ModelFolder, find_model
+    from pocl_dist.models.sources import ModelFolder
 
     student = config.models.student
     if student.path is None:
@@ -115,9 +140,8 @@ def student_source(config: Config, run: RunDirectory) -> ModelFolder:
             run.init_student,
             f"layers {layers} of {config.models.teacher and config.models.teacher.path}",
         )
-    return find_model(
-        student.path, "models.student.path", student.revision, student.trust_remote_code
-    )
+    key = "models.student.path"
+    return _find_once(run, key, student.path, student.revision, student.trust_remote_code)
 
 
 def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -130,5 +154,14 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 
 def finished_record(config: Config, run: RunDirectory) -> dict[str, JSONValue]:
-    """Returns what an export was made from, as far as it can be told without loading anything."""
-    return {"plan sha256": sha256_file(run.plan), **select_keys(config, RESULT_KEYS)}
+    """Returns what an export was made from, as far as it can be told without loading a model."""
+    from pocl_dist.models.sources import model_digest
+
+    teacher, dev = teacher_source(config, run), read_dev(config)
+    return {
+        **select_keys(config, RESULT_KEYS),
+        "plan sha256": sha256_file(run.plan),
+        "digest.dev": None if dev is None else dev.digest,
+        "digest.student": model_digest(student_source(config, run)),
+        "digest.teacher": None if teacher is None else model_digest(teacher),
+    }

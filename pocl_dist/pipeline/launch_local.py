@@ -42,7 +42,7 @@ def run_ranks(config: Config, run: RunDirectory) -> None:
         environment["NUM_RANKS"] = str(config.engine.world_size)
     paths = [str(_PACKAGE.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    command = ["bash", str(launch_file("local.sh")), str(run.root / "config.yaml")]
+    command = ["bash", str(launch_file("local.sh")), str((run.root / "config.yaml").resolve())]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     received: list[int] = []
 

@@ -99,7 +99,9 @@ def _settings(config: Config, source: ModelFolder, model_digest: str) -> WorkerS
     from pocl_dist.models.generation import Sampling
 
     sampling = Sampling(config.generation.max_new_tokens)
-    return WorkerSettings(source, model_digest, sampling, config.ray.cpus_per_actor)
+    return WorkerSettings(
+        source, model_digest, sampling, config.ray.cpus_per_actor, config.engine.dtype
+    )
 
 
 def _work_off(

@@ -26,7 +26,7 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
             f"WARNING: {num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}",
             flush=True,
         )
-    teacher = teacher_source(config)
+    teacher = teacher_source(config, run)
     from pocl_dist.models.loading import (
         check_same_tokenizer,
         load_tokenizer,
@@ -75,7 +75,18 @@ def _check_ranks(config: Config) -> None:
     """Raises ConfigError when the ranks of this machine cannot share the global batch."""
     import torch
 
-    ranks = config.engine.world_size or max(1, torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count()
+    ranks = config.engine.world_size or max(1, num_gpus)
+    if num_gpus and ranks > num_gpus:
+        raise ConfigError(
+            f"engine.world_size: {ranks} ranks, but {num_gpus} GPU(s) are visible; lower it, "
+            "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+    if num_gpus and config.engine.zero_stage == 0 and config.engine.dtype is None:
+        raise ConfigError(
+            "engine.zero_stage: 0 trains in fp32 only, and engine.dtype null means bf16 on a GPU; "
+            "set engine.dtype: fp32, or stage 1, 2 or 3"
+        )
     if config.engine.global_batch_size % ranks:
         raise ConfigError(
             f"engine.global_batch_size: {config.engine.global_batch_size} rows "

@@ -152,6 +152,20 @@ def _holder(path: Path) -> dict[str, JSONValue] | None:
         return {}
 
 
+def _is_held(held: Mapping[str, JSONValue]) -> bool:
+    """Returns whether a lock's holder may be alive; on another host nobody can tell from here."""
+    pid = held.get("pid")
+    return not (
+        held.get("host") == socket.gethostname() and isinstance(pid, int) and not _is_alive(pid)
+    )
+
+
+def is_locked(root: Path) -> bool:
+    """Returns whether a run that may be alive holds the run directory."""
+    held = _holder(root / "lock")
+    return held is not None and _is_held(held)
+
+
 @contextlib.contextmanager
 def run_lock(root: Path) -> Iterator[None]:
     """Holds `lock` in the run directory; raises BusyError (73) when a live run has it.
@@ -169,11 +183,9 @@ def run_lock(root: Path) -> Iterator[None]:
             held = _holder(path)
             if held is None:
                 continue  # released meanwhile
-            pid = held.get("pid")
-            is_dead = held.get("host") == host and isinstance(pid, int) and not _is_alive(pid)
-            if not is_dead:
+            if _is_held(held):
                 raise BusyError(
-                    f"{root} is in use by process {pid} on {held.get('host')} since "
+                    f"{root} is in use by process {held.get('pid')} on {held.get('host')} since "
                     f"{held.get('since')}; if that run is dead, remove {path}"
                 ) from None
             path.unlink(missing_ok=True)

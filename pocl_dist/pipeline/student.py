@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pocl_dist.config import LossConfig
 from pocl_dist.distributed.parameters import whole_parameters
@@ -80,7 +80,7 @@ def plain_copy(engine: DeepSpeedEngine) -> PreTrainedModel:
     assert isinstance(module, StudentWithLoss)
     reference = next(module.model.parameters())
     # A bare config is right here: this model is made outside of zero.Init and filled at once.
-    copied = AutoModelForCausalLM.from_config(
+    copied = type(module.model)._from_config(
         copy.deepcopy(module.model.config), dtype=reference.dtype
     )
     copied = copied.to(reference.device)

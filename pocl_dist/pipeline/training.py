@@ -70,6 +70,7 @@ class Training:
     coordinator: Coordinator
     log: MetricsLog | None  # rank 0 writes, the others do not
     display: TrainingDisplay
+    is_stop_asked: bool = False  # a signal to any rank, as the ranks told each other
 
     @property
     def module(self) -> StudentWithLoss:
@@ -131,7 +132,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     dtype = torch_dtype(config.engine.dtype, rank.device)
     plan = read_plan(run.plan)
     rows, dev = read_train(config), read_dev(config)
-    student, teacher_folder = student_source(config, run), teacher_source(config)
+    student, teacher_folder = student_source(config, run), teacher_source(config, run)
     tokenizer = load_tokenizer(student)
     if teacher_folder is not None:
         check_same_tokenizer(load_tokenizer(teacher_folder), tokenizer)
@@ -222,7 +223,11 @@ def _student_engine(
     if config.engine.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = StudentWithLoss(model, config.loss, len(tokenizer))
-    module.to(torch_dtype(config.engine.dtype, rank.device))
+    dtype = torch_dtype(config.engine.dtype, rank.device)
+    for parameter in module.parameters():
+        # Not module.to(): buffers, such as the frequencies of RoPE, stay fp32, as from_pretrained
+        # leaves them; in bf16 the angles would be off by 0.2 rad at position 511.
+        parameter.data = parameter.data.to(dtype)
     engine = build_student_engine(module, config, rank)
     if checkpoint is not None:
         restore_optimizer(engine, checkpoint)
