@@ -1,7 +1,7 @@
 """Starts and stops Ray, private and local or an existing cluster; always with token authentication.
 
 Ray's ports listen on every interface whatever one asks for, so the token is the guard
-(OPERATIONS: Ray's own token file is world-readable, ours is 0600 in a 0700 folder). Dashboard and
+(Ray's own token file is world-readable, ours is 0600 in a 0700 folder). Dashboard and
 usage statistics are off.
 """
 

@@ -14,9 +14,7 @@ from pocl_dist.distributed.ray_pool import ActorPool
 from pocl_dist.errors import StoppedError
 from pocl_dist.pipeline.progress import RowProgress
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.pipeline.stop_request import StopRequest
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from pocl_dist.pipeline.stop_request import STOP_SIGNALS, StopRequest
 
 
 def _take_signals(stop: StopRequest) -> None:
@@ -29,7 +27,7 @@ def _take_signals(stop: StopRequest) -> None:
 def stop_request(run: RunDirectory) -> Iterator[StopRequest]:
     """Turns signals into a flag while the context lasts; after it they do what they did before."""
     stop = StopRequest(run)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     _take_signals(stop)
     try:
         yield stop

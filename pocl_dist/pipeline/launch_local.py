@@ -15,6 +15,7 @@ from pocl_dist.files import read_json
 from pocl_dist.models.sources import MARKER
 from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.stop_request import STOP_SIGNALS
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -53,8 +54,7 @@ def run_ranks(config: Config, run: RunDirectory) -> None:
         run.stop_file.parent.mkdir(parents=True, exist_ok=True)
         run.stop_file.touch()
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, ask_to_stop) for number in numbers}
+    before = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
     try:
         code = process.wait()
     finally:

@@ -8,6 +8,8 @@ from types import FrameType
 
 from pocl_dist.pipeline.run_directory import RunDirectory
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 class StopRequest:
     """A flag that signals set, looked at between steps. A second one ends the process at once."""
@@ -18,7 +20,7 @@ class StopRequest:
 
     def install(self) -> None:
         """Takes over SIGTERM, SIGUSR1 and SIGINT."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
