@@ -71,6 +71,7 @@ class Batch:
     attention_mask_BT: torch.Tensor
     labels_BT: torch.Tensor  # already shifted; IGNORE_INDEX where nothing is learnt
     num_tokens: int  # real tokens, padding not counted
+    example_ids: tuple[str, ...] = ()  # in the order in which their labels stand, row by row
 
     @property
     def num_label_tokens(self) -> int:
@@ -84,6 +85,7 @@ class Batch:
             self.attention_mask_BT.to(device),
             self.labels_BT.to(device),
             self.num_tokens,
+            self.example_ids,
         )
 
 
@@ -143,3 +145,28 @@ class LMHead:
     logit_scale: float = 1.0
     softcap: float | None = None
     num_real_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """The k most likely tokens of a teacher per position, at T = 1, and what is left for the rest.
+
+    The tail is spread evenly over the other real tokens, which gives a whole distribution that any
+    temperature can be applied to.
+    """
+
+    token_ids_NK: torch.Tensor
+    logprobs_NK: torch.Tensor
+    log_tail_N: torch.Tensor  # log of the probability of all other tokens together
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher says of the N labelled positions: hidden states and head, top-k, or nothing.
+
+    Nothing (all None) is a step without a teacher.
+    """
+
+    hidden_NH: torch.Tensor | None = None
+    head: LMHead | None = None
+    top_k: TeacherTopK | None = None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pocl_dist.config import ScheduleConfig
-from pocl_dist.config.schema import Schedule
+from pocl_dist.config.curriculum_sections import Schedule
 from pocl_dist.curriculum.schedules import SCHEDULES, cosine_learning_rate, stage_values
 
 

@@ -1,21 +1,16 @@
 """The config: frozen dataclass-like models in `schema`, loading and messages in `load`."""
 
+from pocl_dist.config.curriculum_sections import CurriculumConfig, ScheduleConfig
+from pocl_dist.config.input_sections import DataConfig, ModelConfig, StudentConfig
 from pocl_dist.config.keys import compare_inputs, flatten, select_keys
 from pocl_dist.config.load import dump_config, load_config
-from pocl_dist.config.schema import (
+from pocl_dist.config.pass_sections import EvaluateConfig, GenerationConfig, RayConfig
+from pocl_dist.config.schema import Config
+from pocl_dist.config.training_sections import (
     CheckpointConfig,
-    Config,
-    CurriculumConfig,
-    DataConfig,
     EngineConfig,
-    EvaluateConfig,
-    GenerationConfig,
     LossConfig,
-    ModelConfig,
     OptimizerConfig,
-    RayConfig,
-    ScheduleConfig,
-    StudentConfig,
 )
 
 __all__ = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pocl_dist.config.curriculum_sections import Schedule, ScheduleConfig
 from pocl_dist.config.loss_names import check_loss
-from pocl_dist.config.schema import Config, Schedule, ScheduleConfig
+from pocl_dist.config.schema import Config
 from pocl_dist.errors import ConfigError
 
 TEMPLATES = ("alpaca", "short", "chat")

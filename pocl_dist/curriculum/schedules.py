@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from pocl_dist.config import ScheduleConfig
-from pocl_dist.config.schema import Schedule
+from pocl_dist.config.curriculum_sections import Schedule
 
 # With a single stage there is nothing to go between: plain distillation, T = 1
 # and ratio 1 (POCL 3.2).

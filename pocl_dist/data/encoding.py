@@ -174,7 +174,13 @@ def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
     labels = [labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in pairs]
     lengths = torch.tensor([len(inputs) for inputs, _ in pairs])
     mask = (torch.arange(longest)[None, :] < lengths[:, None]).long()
-    return Batch(torch.tensor(input_ids), mask, torch.tensor(labels), num_tokens=int(lengths.sum()))
+    return Batch(
+        torch.tensor(input_ids),
+        mask,
+        torch.tensor(labels),
+        num_tokens=int(lengths.sum()),
+        example_ids=tuple(example.example_id for example in examples),
+    )
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 
@@ -11,13 +10,10 @@ import torch
 
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Action, Instruction, agree, applied_digest
-from pocl_dist.data.encoding import collate, pad_id_of
-from pocl_dist.data.sampler import StageSampler, micro_batches_of_rank
 from pocl_dist.distributed.checkpoint import find_checkpoint, prune_checkpoints, save_checkpoint
 from pocl_dist.distributed.collectives import barrier
 from pocl_dist.distributed.engine import (
     learning_rate_of,
-    num_micro_batches,
     reset_optimizer,
     set_learning_rate,
 )
@@ -32,10 +28,11 @@ from pocl_dist.pipeline.dev import dev_metric
 from pocl_dist.pipeline.export import write_export
 from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.step_batches import global_batch, micro_batches, sampler_of
 from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.pipeline.train_step import StepResult, train_step
 from pocl_dist.pipeline.training import Training, prepare_training
-from pocl_dist.records import Batch, Stage
+from pocl_dist.records import Stage
 
 
 def distill_rank(config: Config, run: RunDirectory) -> None:
@@ -100,17 +97,14 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     training.module.kd_ratio = instruction.kd_ratio
     engine.train()
 
-    sampler = _sampler(training, instruction.stage)
-    example_ids = [
-        training.plan.ranking[position] for position in sampler.batch(instruction.step_in_stage)
-    ]
-    batches = _micro_batches(training, example_ids)
+    examples = global_batch(training, instruction)
+    batches = micro_batches(training, examples)
     digest = applied_digest(
         instruction,
         training.module.temperature,
         training.module.kd_ratio,
         learning_rate_of(engine),
-        example_ids,
+        [example.example_id for example in examples],
     )
     num_label_tokens = sum(batch.num_label_tokens for batch in batches)
     agreement = agree(digest, num_label_tokens, stop.was_signalled, instruction, rank)
@@ -120,41 +114,17 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     teacher = training.teacher if instruction.kd_ratio > 0 else None
     result = train_step(engine, teacher, batches, agreement.num_label_tokens, instruction, rank)
     training.coordinator.record_step()
-    _log_step(training, instruction, result, sampler, time.monotonic() - started)
+    _log_step(training, instruction, result, time.monotonic() - started)
 
 
 def _numbers(stage: Stage) -> dict[str, object]:
     return {key: value for key, value in stage.to_json().items() if key != "index"}
 
 
-def _sampler(training: Training, stage_index: int) -> StageSampler:
-    stage = training.plan.stages[stage_index]
-    return StageSampler(
-        training.config.seed,
-        stage.index,
-        stage.num_examples,
-        stage.epochs,
-        training.config.engine.global_batch_size,
-    )
-
-
-def _micro_batches(training: Training, example_ids: Sequence[str]) -> list[Batch]:
-    engine, rank = training.config.engine, training.rank
-    count = num_micro_batches(engine.global_batch_size, rank.world_size, engine.micro_batch_size)
-    shares = micro_batches_of_rank(
-        example_ids, rank.index, rank.world_size, engine.micro_batch_size, count
-    )
-    pad_id = pad_id_of(training.tokenizer)
-    return [
-        collate([training.encoded[example_id] for example_id in share], pad_id) for share in shares
-    ]
-
-
 def _log_step(
     training: Training,
     instruction: Instruction,
     result: StepResult,
-    sampler: StageSampler,
     seconds: float,
 ) -> None:
     values = asdict(result)
@@ -163,7 +133,7 @@ def _log_step(
         "kind": "step",
         "step": instruction.step + 1,
         "stage": instruction.stage,
-        "epoch": sampler.epoch_of(instruction.step_in_stage),
+        "epoch": sampler_of(training, instruction.stage).epoch_of(instruction.step_in_stage),
         "temperature": instruction.temperature,
         "kd_ratio": instruction.kd_ratio,
         "learning_rate": instruction.learning_rate,

@@ -13,7 +13,7 @@ from pocl_dist.config import LossConfig
 from pocl_dist.distributed.parameters import whole_parameters
 from pocl_dist.losses import distillation_loss, get_divergence
 from pocl_dist.models.heads import backbone_module, head_module, hidden_states, lm_head
-from pocl_dist.records import IGNORE_INDEX, Batch, LMHead
+from pocl_dist.records import IGNORE_INDEX, Batch, TeacherOutput
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -45,8 +45,7 @@ class StudentWithLoss(nn.Module):
         input_ids_BT: torch.Tensor,
         attention_mask_BT: torch.Tensor,
         labels_BT: torch.Tensor,
-        teacher_hidden_NH: torch.Tensor | None,
-        teacher_head: LMHead | None,
+        teacher: TeacherOutput,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (loss sum with gradient, [kd, ce, kl] sums without) of a micro-batch's labels."""
         is_label_BT = labels_BT != IGNORE_INDEX
@@ -56,8 +55,8 @@ class StudentWithLoss(nn.Module):
         result = distillation_loss(
             hidden_BTH[is_label_BT],
             lm_head(self.model, self.num_real_tokens),
-            teacher_hidden_NH,
-            teacher_head,
+            teacher.hidden_NH,
+            teacher.head,
             labels_BT[is_label_BT],
             self.divergence,
             self.temperature,

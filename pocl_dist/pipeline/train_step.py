@@ -16,8 +16,8 @@ from pocl_dist.distributed.collectives import gather_floats
 from pocl_dist.distributed.process_group import Rank
 from pocl_dist.errors import DivergedError
 from pocl_dist.pipeline.student import batch_arguments
-from pocl_dist.records import Batch
-from pocl_dist.teacher.online import OnlineTeacher
+from pocl_dist.records import Batch, TeacherOutput
+from pocl_dist.teacher.base import Teacher
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -47,12 +47,11 @@ def peak_memory_bytes(rank: Rank) -> int:
 
 
 def _forward_backward(
-    engine: DeepSpeedEngine, teacher: OnlineTeacher | None, batch: Batch, factor: float
+    engine: DeepSpeedEngine, teacher: Teacher | None, batch: Batch, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs one micro-batch; returns its (loss sum, [kd, ce, kl] sums), detached. Collective."""
-    hidden_NH = None if teacher is None else teacher.hidden_of_labels(batch)
-    with nullcontext(None) if teacher is None else teacher.head() as head:
-        loss_sum, part_sums = engine(*batch_arguments(batch), hidden_NH, head)
+    with nullcontext(TeacherOutput()) if teacher is None else teacher.answer(batch) as output:
+        loss_sum, part_sums = engine(*batch_arguments(batch), output)
     engine.backward(loss_sum * factor)
     return loss_sum.detach().double(), part_sums
 
@@ -73,7 +72,7 @@ def _update(engine: DeepSpeedEngine) -> float:
 
 def train_step(
     engine: DeepSpeedEngine,
-    teacher: OnlineTeacher | None,
+    teacher: Teacher | None,
     batches: Sequence[Batch],
     num_label_tokens: int,
     instruction: Instruction,

@@ -43,6 +43,7 @@ from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.student import StudentWithLoss
 from pocl_dist.records import EncodedExample, Example, Plan
 from pocl_dist.run_log import MetricsLog, TrainingDisplay
+from pocl_dist.teacher.base import Teacher
 from pocl_dist.teacher.online import OnlineTeacher
 from pocl_dist.trackers import open_trackers
 
@@ -65,7 +66,7 @@ class Training:
     dev_rows: list[tuple[Example, EncodedExample]]
     student: ModelFolder
     tokenizer: PreTrainedTokenizerBase
-    teacher: OnlineTeacher | None
+    teacher: Teacher | None
     engine: DeepSpeedEngine
     coordinator: Coordinator
     log: MetricsLog | None  # rank 0 writes, the others do not
@@ -148,7 +149,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     if checkpoint is not None:
         coordinator.progress = Progress(**checkpoint.state)  # type: ignore[arg-type]
     engine = _student_engine(config, rank, student, tokenizer, checkpoint)
-    teacher = None
+    teacher: Teacher | None = None
     if teacher_folder is not None:
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}

@@ -16,7 +16,7 @@ from pocl_dist.distributed.process_group import Rank, torch_dtype
 from pocl_dist.models.heads import backbone_module, check_head, head_module, hidden_states, lm_head
 from pocl_dist.models.loading import load_model
 from pocl_dist.models.sources import ModelFolder
-from pocl_dist.records import IGNORE_INDEX, Batch, LMHead
+from pocl_dist.records import IGNORE_INDEX, Batch, TeacherOutput
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -61,14 +61,14 @@ class OnlineTeacher:
         self.engine.eval()
         check_head(model, num_real_tokens, gathered)
 
-    @torch.no_grad()
-    def hidden_of_labels(self, batch: Batch) -> torch.Tensor:
-        """Returns hidden states (N, H) of positions with a label. Collective (ZeRO-3 gathers)."""
-        hidden_BTH: torch.Tensor = self.engine(batch.input_ids_BT, batch.attention_mask_BT)
-        return hidden_BTH[batch.labels_BT != IGNORE_INDEX]
-
     @contextmanager
-    def head(self) -> Iterator[LMHead]:
-        """Yields the head, whole on every rank while the context lasts. Collective."""
+    def answer(self, batch: Batch) -> Iterator[TeacherOutput]:
+        """Yields hidden states of positions with a label, and the head. Collective: ZeRO-3 gathers.
+
+        The head is whole on every rank while the context lasts.
+        """
+        with torch.no_grad():
+            hidden_BTH = self.engine(batch.input_ids_BT, batch.attention_mask_BT)
+            hidden_NH = hidden_BTH[batch.labels_BT != IGNORE_INDEX]
         with gathered(head_module(self.model).parameters()):
-            yield lm_head(self.model, self.num_real_tokens)
+            yield TeacherOutput(hidden_NH, lm_head(self.model, self.num_real_tokens))
