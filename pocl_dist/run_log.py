@@ -83,6 +83,8 @@ class TrainingDisplay:
             f"ratio={row['kd_ratio']:.2f} "
             f"loss={row['loss']:.4f} {row['tokens_per_second']:.0f} tok/s"
         )
+        if row.get("on_policy_share"):
+            text += f", answers of the student ({row['mean_answer_tokens']:.0f} tokens each)"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, description=text)
         elif step % self._every == 0 or step == self._num_steps:

@@ -11,6 +11,7 @@ from pocl_dist.config.training_sections import (
     EngineConfig,
     LossConfig,
     OptimizerConfig,
+    PolicyConfig,
 )
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PolicyConfig",
     "RayConfig",
     "ScheduleConfig",
     "StudentConfig",

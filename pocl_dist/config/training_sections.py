@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from pocl_dist.config.section import Section, Text
+from pocl_dist.config.section import Fraction, Section, Text
 
 
 class LossConfig(Section):
@@ -53,10 +53,29 @@ class TeacherConfig(Section):
 
 
 class PolicyConfig(Section):
-    """Whose answers are trained on."""
+    """Whose answers are trained on: the data set's, or the student's own (GKD, DistiLLM)."""
 
-    mode: Literal["off"] = "off"
-    """`off`: the references of the data set."""
+    mode: Literal["off", "on", "mixed", "adaptive"] = "off"
+    """`off`: the references; `on`: the student's answers; `mixed`: these in a share of the steps
+    (GKD); `adaptive`: in more steps when the dev loss rises, with a replay buffer (DistiLLM)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of the student's answers; not the temperature of the loss."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the sampling."""
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Longest answer of the student; null: `generation.max_new_tokens`."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Prompts per call; ranks share the calls of a step, so up to global batch / this can work."""
+    on_policy_ratio: Fraction = 0.5
+    """`mixed`: probability that a step is on-policy; lambda of GKD."""
+    initial_ratio: Fraction = 0.0
+    """`adaptive`: phi at the start, the probability that a step takes answers of the student."""
+    ratio_increment: Fraction = 0.1
+    """`adaptive`: phi grows by this when the dev loss has risen."""
+    loss_tolerance: Annotated[float, Field(ge=0)] = 0.1
+    """`adaptive`: a rise of the dev loss below this does not count, nats."""
+    replay_buffer_size: Annotated[int, Field(ge=1)] = 1000
+    """`adaptive`: the student's latest answers that are kept to be trained on again."""
 
 
 class EngineConfig(Section):

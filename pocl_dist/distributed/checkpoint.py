@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -49,12 +49,12 @@ class Checkpoint:
 
     folder: Path
     step: int
-    state: dict[str, JSONValue]  # the coordinator's progress
+    state: dict[str, JSONValue]  # the coordinator's progress; under `policy` that of the policy
     adam_step: int
     loss_scale: float | None
 
     def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (parameter name, whole CPU tensor) of `weights`, `exp_avg` or `exp_avg_sq`."""
+        """Yields (name, whole CPU tensor) of `weights`, `exp_avg`, `exp_avg_sq` or another kind."""
         from safetensors import safe_open
 
         for file in sorted(self.folder.glob("*.safetensors")):
@@ -84,10 +84,16 @@ def _collect_share(engine: DeepSpeedEngine, rank: Rank) -> dict[str, torch.Tenso
 
 
 def save_checkpoint(
-    engine: DeepSpeedEngine, folder: Path, step: int, state: dict[str, JSONValue], rank: Rank
+    engine: DeepSpeedEngine,
+    folder: Path,
+    step: int,
+    state: dict[str, JSONValue],
+    rank: Rank,
+    extra: Mapping[str, torch.Tensor] | None = None,
 ) -> int:
     """Writes and commits the checkpoint of `step`; returns its bytes. Collective.
 
+    `extra` are further CPU tensors by `KIND.NAME`, the same on all ranks; rank 0 writes them.
     Raises StorageError (74) on all ranks when one cannot write; what was committed before stays.
     """
     from safetensors.torch import save_file
@@ -98,6 +104,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     barrier(rank)
     share = _collect_share(engine, rank)
+    if rank.is_main:
+        share |= extra or {}
     needed, problem, line = sum(t.numel() * t.element_size() for t in share.values()), "", ""
     file = temporary / f"rank-{rank.index:05d}.safetensors"
     try:

@@ -33,6 +33,16 @@ def gather_ints(values: Sequence[int], rank: Rank) -> list[list[int]]:
     return [[int(value) for value in row.tolist()] for row in rows]
 
 
+def gather_int_lists(values: Sequence[int], rank: Rank) -> list[list[int]]:
+    """Returns the 64-bit integers of every rank, in rank order; each rank may have another number.
+
+    One exchange of the lengths, one of the padded values.
+    """
+    lengths = [row[0] for row in gather_ints([len(values)], rank)]
+    padded = [*values, *([0] * (max(lengths) - len(values)))]
+    return [row[:n] for row, n in zip(gather_ints(padded, rank), lengths, strict=True)]
+
+
 def gather_texts(text: str, rank: Rank) -> list[str]:
     """Returns the text of every rank, in rank order, on every rank."""
     data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(rank.device)

@@ -42,18 +42,22 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate_answers(
+def _generated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-) -> list[str]:
-    """Returns one answer per prompt (token ids), padded on the left as one batch.
+) -> torch.Tensor:
+    """Returns what `generate` appended to each prompt, (B, T); after its eos a row is padding.
 
-    Sampling draws from the seed and this batch alone, so a batch gives the same answers
-    wherever and whenever it runs.
+    Prompts are padded on the left as one batch. Sampling draws from the seed and this batch alone,
+    so a batch gives the same answers wherever and whenever it runs.
     """
     settings = sampling.to_generation_config(tokenizer)
+    if sampling.do_sample:  # padding rows of the embedding have logits too, but are no tokens
+        num_rows = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        phantoms = list(range(len(tokenizer), num_rows))
+        settings.suppress_tokens = phantoms or None
     # generate() fills what is unset from here: a model's own repetition penalty would slip in.
     model.generation_config = settings
     longest = max(len(prompt) for prompt in prompts)
@@ -69,8 +73,32 @@ def generate_answers(
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,
         )
-    answers = tokenizer.batch_decode(output_BT[:, longest:], skip_special_tokens=True)
+    return output_BT[:, longest:]
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+) -> list[str]:
+    """Returns one answer per prompt (token ids) as text."""
+    output_BT = _generated(model, tokenizer, prompts, sampling)
+    answers = tokenizer.batch_decode(output_BT, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+def generate_token_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+) -> list[list[int]]:
+    """Returns one answer per prompt as token ids, up to its eos; an unfinished one has no eos."""
+    rows = _generated(model, tokenizer, prompts, sampling).tolist()
+    eos = tokenizer.eos_token_id
+    # By position: the first eos ends the answer, also where eos is the padding as well.
+    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The dev metric during training: every rank takes some batches, the sums meet on all."""
+"""The dev metrics during training: every rank takes some batches, the sums meet on all."""
 
 from __future__ import annotations
 
@@ -17,44 +17,61 @@ from pocl_dist.records import EncodedExample, Example
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def dev_metric(
+def dev_metrics(
     engine: DeepSpeedEngine,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[Example, EncodedExample]],
     config: Config,
     rank: Rank,
-) -> float:
-    """Returns ROUGE-L of greedy answers in %, or the references' mean cross-entropy. Collective.
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Returns {name: mean}: `rouge_l` of greedy answers in %, `loss` of references. Collective.
 
-    Batches are a function of the rows alone, so the value does not depend on the number of ranks.
+    Batches are a function of the rows alone, so the values do not depend on the number of ranks.
     """
     model = plain_copy(engine)
     ordered = sorted(rows, key=lambda row: (row[1].num_prompt_tokens, row[1].example_id))
     size = config.generation.batch_size
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    sampling = Sampling(config.generation.max_new_tokens)
-    total, count = 0.0, 0.0
-    for batch in batches[rank.index :: rank.world_size]:
-        if config.dev.metric == "rouge_l":
-            answers = generate_answers(
-                model, tokenizer, [encoded.prompt_ids for _, encoded in batch], sampling
-            )
-            pairs = zip(answers, batch, strict=True)
-            total += math.fsum(
-                100.0 * rouge_l(answer, row.references) for answer, (row, _) in pairs
-            )
-            count += len(batch)
-        else:
-            encoded = [item for _, item in batch]
-            means = mean_cross_entropies(
-                model, collate(encoded, pad_id_of(tokenizer)), len(tokenizer)
-            )
-            total += math.fsum(
-                mean * item.num_response_tokens for mean, item in zip(means, encoded, strict=True)
-            )
-            count += sum(item.num_response_tokens for item in encoded)
-    sums = gather_floats([total, count], rank)
-    return math.fsum(row[0] for row in sums) / math.fsum(row[1] for row in sums)
+    means = {}
+    for name in dict.fromkeys(names):
+        totals = [(0.0, 0)]
+        for batch in batches[rank.index :: rank.world_size]:
+            if name == "rouge_l":
+                totals.append(_rouge_sum(model, tokenizer, batch, config.generation.max_new_tokens))
+            else:
+                totals.append(_cross_entropy_sum(model, tokenizer, [item for _, item in batch]))
+        mine = [math.fsum(total for total, _ in totals), sum(count for _, count in totals)]
+        sums = gather_floats(mine, rank)
+        means[name] = math.fsum(row[0] for row in sums) / math.fsum(row[1] for row in sums)
+    return means
+
+
+def _rouge_sum(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[tuple[Example, EncodedExample]],
+    max_new_tokens: int,
+) -> tuple[float, int]:
+    """Returns the sum of ROUGE-L in % over the rows, and their number."""
+    prompts = [encoded.prompt_ids for _, encoded in batch]
+    answers = generate_answers(model, tokenizer, prompts, Sampling(max_new_tokens))
+    scores = [
+        100.0 * rouge_l(answer, row.references)
+        for answer, (row, _) in zip(answers, batch, strict=True)
+    ]
+    return math.fsum(scores), len(scores)
+
+
+def _cross_entropy_sum(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EncodedExample],
+) -> tuple[float, int]:
+    """Returns the sum of cross-entropy over all response tokens, and their number."""
+    means = mean_cross_entropies(model, collate(examples, pad_id_of(tokenizer)), len(tokenizer))
+    counts = [example.num_response_tokens for example in examples]
+    return math.fsum(mean * n for mean, n in zip(means, counts, strict=True)), sum(counts)

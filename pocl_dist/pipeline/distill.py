@@ -24,11 +24,12 @@ from pocl_dist.distributed.process_group import (
     torch_dtype,
 )
 from pocl_dist.errors import ConfigError, StoppedError
-from pocl_dist.pipeline.dev import dev_metric
+from pocl_dist.pipeline.dev import dev_metrics
 from pocl_dist.pipeline.export import write_export
 from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.pipeline.step_batches import global_batch, micro_batches, sampler_of
+from pocl_dist.pipeline.step_answers import answered_batch, choose_answers
+from pocl_dist.pipeline.step_batches import micro_batches, sampler_of
 from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.pipeline.train_step import StepResult, train_step
 from pocl_dist.pipeline.training import Training, prepare_training
@@ -85,6 +86,7 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     """Applies the instruction, checks that all ranks did, takes the step, logs it. Collective."""
     started = time.monotonic()
     config, rank, engine = training.config, training.rank, training.engine
+    source, instruction = choose_answers(training, instruction)
     if instruction.step_in_stage == 0:
         stage = training.plan.stages[instruction.stage]
         training.record(
@@ -97,14 +99,14 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     training.module.kd_ratio = instruction.kd_ratio
     engine.train()
 
-    examples = global_batch(training, instruction)
-    batches = micro_batches(training, examples)
+    answered = answered_batch(training, instruction, source)
+    batches = micro_batches(training, answered.examples)
     digest = applied_digest(
         instruction,
         training.module.temperature,
         training.module.kd_ratio,
         learning_rate_of(engine),
-        [example.example_id for example in examples],
+        answered.applied_rows(),
     )
     num_label_tokens = sum(batch.num_label_tokens for batch in batches)
     agreement = agree(digest, num_label_tokens, stop.was_signalled, instruction, rank)
@@ -114,7 +116,8 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     teacher = training.teacher if instruction.kd_ratio > 0 else None
     result = train_step(engine, teacher, batches, agreement.num_label_tokens, instruction, rank)
     training.coordinator.record_step()
-    _log_step(training, instruction, result, time.monotonic() - started)
+    answers = {} if training.policy is None else answered.metrics()
+    _log_step(training, instruction, result, answers, time.monotonic() - started)
 
 
 def _numbers(stage: Stage) -> dict[str, object]:
@@ -125,6 +128,7 @@ def _log_step(
     training: Training,
     instruction: Instruction,
     result: StepResult,
+    answers: dict[str, object],
     seconds: float,
 ) -> None:
     values = asdict(result)
@@ -139,6 +143,7 @@ def _log_step(
         "learning_rate": instruction.learning_rate,
         "tokens_per_second": num_input_tokens / seconds,
         **values,
+        **answers,
     }
     if was_skipped:
         row["skipped"] = True
@@ -151,9 +156,12 @@ def _evaluate(training: Training) -> None:
     """Computes the dev metric and tells the coordinator. Collective."""
     started = time.monotonic()
     config, coordinator = training.config, training.coordinator
-    value = dev_metric(
-        training.engine, training.tokenizer, training.dev_rows, config, training.rank
+    policy = training.policy if training.policy and training.policy.is_adaptive else None
+    wanted = [config.dev.metric] if policy is None else [config.dev.metric, "loss"]
+    values = dev_metrics(
+        training.engine, training.tokenizer, training.dev_rows, config, training.rank, wanted
     )
+    value = values[config.dev.metric]
     coordinator.record_dev(value)
     progress = coordinator.progress
     row = {
@@ -162,6 +170,9 @@ def _evaluate(training: Training) -> None:
         "metric": config.dev.metric,
         "value": value,
     }
+    if policy is not None:
+        policy.record_dev_loss(values["loss"])
+        row |= {"dev_loss": values["loss"], "on_policy_ratio": policy.state.ratio}
     training.record({"kind": "dev", **row, "seconds": time.monotonic() - started})
     if training.rank.is_main:
         note = " (best so far)" if progress.best_step == progress.step else ""
@@ -175,7 +186,11 @@ def _save(training: Training) -> None:
     coordinator.record_save()
     progress = coordinator.progress
     state = {field.name: getattr(progress, field.name) for field in fields(progress)}
-    num_bytes = save_checkpoint(training.engine, run.checkpoints, progress.step, state, rank)
+    extra: dict[str, torch.Tensor] = {}
+    if training.policy is not None:
+        state["policy"] = training.policy.to_json()
+        extra = training.policy.to_tensors()
+    num_bytes = save_checkpoint(training.engine, run.checkpoints, progress.step, state, rank, extra)
     seconds = time.monotonic() - started
     row = {"step": progress.step, "stage": progress.stage, "bytes": num_bytes, "seconds": seconds}
     training.record({"kind": "checkpoint", **row})

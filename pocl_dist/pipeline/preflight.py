@@ -62,11 +62,16 @@ def _check_positions(config: Config, positions: int | None, key: str) -> None:
     """Raises ConfigError when sequences would exceed a model's positions; it would crash."""
     if positions is None:
         return
-    longest_answer = config.data.max_prompt_tokens + config.generation.max_new_tokens
-    for name, tokens in (
-        ("data.max_tokens", config.data.max_tokens),
-        ("data.max_prompt_tokens + generation.max_new_tokens", longest_answer),
-    ):
+    longest_prompt = config.data.max_prompt_tokens
+    lengths = {
+        "data.max_tokens": config.data.max_tokens,
+        "data.max_prompt_tokens + generation.max_new_tokens": longest_prompt
+        + config.generation.max_new_tokens,
+    }
+    if config.policy.mode != "off" and config.policy.max_new_tokens is not None:
+        name = "data.max_prompt_tokens + policy.max_new_tokens"
+        lengths[name] = longest_prompt + config.policy.max_new_tokens
+    for name, tokens in lengths.items():
         if tokens > positions:
             raise ConfigError(f"{name}: {tokens} is more than the {positions} positions of {key}")
 

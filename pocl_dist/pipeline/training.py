@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -29,6 +29,8 @@ from pocl_dist.models.loading import (
     tokenizer_digest,
 )
 from pocl_dist.models.sources import model_digest
+from pocl_dist.on_policy.policy import OnPolicy
+from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
 from pocl_dist.pipeline.export import PREFIX
 from pocl_dist.pipeline.inputs import (
     RESULT_KEYS,
@@ -69,6 +71,7 @@ class Training:
     teacher: Teacher | None
     engine: DeepSpeedEngine
     coordinator: Coordinator
+    policy: OnPolicy | None  # None: the references are trained on
     log: MetricsLog | None  # rank 0 writes, the others do not
     display: TrainingDisplay
     is_stop_asked: bool = False  # a signal to any rank, as the ranks told each other
@@ -146,8 +149,11 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
 
     checkpoint = find_checkpoint(run.checkpoints, rank)
     coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
+    encoded = _encode_all(rows.examples, tokenizer, config, "train", rank)
+    policy = _policy(config, plan, encoded, rank, checkpoint)
     if checkpoint is not None:
-        coordinator.progress = Progress(**checkpoint.state)  # type: ignore[arg-type]
+        progress = {name: v for name, v in checkpoint.state.items() if name != "policy"}
+        coordinator.progress = Progress(**progress)  # type: ignore[arg-type]
     engine = _student_engine(config, rank, student, tokenizer, checkpoint)
     teacher: Teacher | None = None
     if teacher_folder is not None:
@@ -173,7 +179,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         run=run,
         rank=rank,
         plan=plan,
-        encoded=_encode_all(rows.examples, tokenizer, config, "train", rank),
+        encoded=encoded,
         dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples]
         if dev
         else [],
@@ -182,9 +188,32 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         teacher=teacher,
         engine=engine,
         coordinator=coordinator,
+        policy=policy,
         log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
         display=display,
     )
+
+
+def _policy(
+    config: Config,
+    plan: Plan,
+    encoded: Mapping[str, EncodedExample],
+    rank: Rank,
+    checkpoint: Checkpoint | None,
+) -> OnPolicy | None:
+    if config.policy.mode == "off":
+        return None
+    policy = OnPolicy(config, sum(stage.num_steps for stage in plan.stages), rank)
+    if checkpoint is not None:
+        state = cast("dict[str, JSONValue]", checkpoint.state["policy"])
+        policy.restore(state, dict(checkpoint.tensors(REPLAY)), encoded)
+    if rank.is_main:
+        print(
+            f"policy {config.policy.mode}: steps on the student's own answers use the divergence "
+            "alone (KD ratio 1, whatever curriculum.kd_ratio says)",
+            flush=True,
+        )
+    return policy
 
 
 def _inputs(
