@@ -44,6 +44,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.0",
         "accelerate>=1.1",  # docs/decisions/dependencies.md
+        "peft>=0.18",  # docs/decisions/dependencies.md
     ],
     extras_require={
         "track": ["tensorboard>=2.18"],

@@ -162,11 +162,12 @@ class TeacherTopK:
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher says of the N labelled positions: hidden states and head, top-k, or nothing.
+    """What a teacher says of the N labelled positions: hidden states and head, top-k or logits.
 
-    Nothing (all None) is a step without a teacher.
+    Nothing (all None) is a step without a teacher. Logits are those of the real tokens alone.
     """
 
     hidden_NH: torch.Tensor | None = None
     head: LMHead | None = None
     top_k: TeacherTopK | None = None
+    logits_NV: torch.Tensor | None = None

@@ -1,7 +1,7 @@
 """The config: frozen dataclass-like models in `schema`, loading and messages in `load`."""
 
 from pocl_dist.config.curriculum_sections import CurriculumConfig, ScheduleConfig
-from pocl_dist.config.input_sections import DataConfig, ModelConfig, StudentConfig
+from pocl_dist.config.input_sections import DataConfig, LoRAConfig, ModelConfig, StudentConfig
 from pocl_dist.config.keys import compare_inputs, flatten, select_keys
 from pocl_dist.config.load import dump_config, load_config
 from pocl_dist.config.pass_sections import EvaluateConfig, GenerationConfig, RayConfig
@@ -22,6 +22,7 @@ __all__ = [
     "EngineConfig",
     "EvaluateConfig",
     "GenerationConfig",
+    "LoRAConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -45,6 +45,11 @@ def _check_models(config: Config) -> None:
             raise ConfigError(
                 f"models.student.init_layers: {student.init_layers} must ascend, without repeats"
             )
+        if student.adapter is not None:
+            raise ConfigError(
+                "models.student.adapter: needs models.student.path; with init_layers the student "
+                "is cut from the teacher, models.teacher.adapter merged"
+            )
 
 
 def _check_engine(config: Config) -> None:
@@ -117,6 +122,14 @@ def _check_policy(config: Config) -> None:
         )
 
 
+def _check_full_logits(config: Config) -> None:
+    if config.loss.full_logits and config.teacher.source != "online":
+        raise ConfigError(
+            f"loss.full_logits: needs teacher.source online, not {config.teacher.source}: "
+            "hidden states, which a cache holds, are no logits without a linear head"
+        )
+
+
 def check_config(config: Config) -> None:
     """Raises ConfigError (64) for keys that contradict each other."""
     curriculum = config.curriculum
@@ -124,6 +137,7 @@ def check_config(config: Config) -> None:
     _check_data(config)
     _check_engine(config)
     _check_policy(config)
+    _check_full_logits(config)
     _check_schedule(
         "curriculum.temperature", curriculum.temperature, curriculum.num_stages, 1e-3, 1e3
     )

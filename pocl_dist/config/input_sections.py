@@ -18,6 +18,21 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub id; it is resolved once and the commit recorded."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
+    adapter: Text | None = None
+    """LoRA adapter to merge into the weights: peft folder, or hub id `OWNER/NAME[@REVISION]`."""
+
+
+class LoRAConfig(Section):
+    """Low-rank updates beside frozen weights (arXiv 2106.09685): W + alpha / rank * B A."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Columns of B and rows of A."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the update's input, in training only."""
+    target_modules: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Names of linear layers, or their ends (`q_proj`); null: all but the LM head."""
 
 
 class StudentConfig(Section):
@@ -31,6 +46,10 @@ class StudentConfig(Section):
     """As `models.teacher.revision`."""
     trust_remote_code: bool = False
     """As `models.teacher.trust_remote_code`."""
+    adapter: Text | None = None
+    """As `models.teacher.adapter`: where the training starts."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters only, merged on export; null trains all weights."""
 
 
 class ModelsConfig(Section):

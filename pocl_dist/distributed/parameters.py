@@ -37,11 +37,16 @@ def whole_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter.detach()
 
 
+def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields (name, parameter) of what is trained: with LoRA not the base model's weights."""
+    yield from ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
 def master_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, whole fp32 tensor) of the optimizer's master weights."""
+    """Yields (name, whole fp32 tensor) of the optimizer's master weights: what is trained."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine.module):
         whole = safe_get_full_fp32_param(parameter)
         yield name, parameter.detach() if whole is None else whole.view(shape_of(parameter))
 
@@ -51,7 +56,7 @@ def moments(engine: DeepSpeedEngine, key: str) -> Iterator[tuple[str, torch.Tens
     from deepspeed.utils import safe_get_full_optimizer_state
 
     state = inner_optimizer(engine).state
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine.module):
         if parameter in state:  # no ZeRO: AdamW's keys are the parameters themselves
             yield name, state[parameter][key]
         else:

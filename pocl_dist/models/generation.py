@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pocl_dist.models.heads import backbone_module, head_logits, hidden_states, lm_head
+from pocl_dist.models.heads import (
+    backbone_module,
+    full_logits,
+    has_linear_head,
+    head_logits,
+    hidden_states,
+    lm_head,
+)
 from pocl_dist.records import IGNORE_INDEX, Batch
 
 
@@ -105,9 +112,12 @@ def generate_token_ids(
 def mean_cross_entropies(model: PreTrainedModel, batch: Batch, num_real_tokens: int) -> list[float]:
     """Returns, per row, the mean cross-entropy of its label tokens at temperature 1, in nats, fp32.
 
-    Row by row through the head, so that logits of a whole batch never exist at once.
+    Row by row through the head, so that logits of a whole batch never exist at once. A head that
+    is no linear map goes row by row through the whole model.
     """
     batch = batch.to(next(model.parameters()).device)
+    if not has_linear_head(model, num_real_tokens):
+        return _means_of_own_logits(model, batch, num_real_tokens)
     hidden_BTH = hidden_states(backbone_module(model), batch.input_ids_BT, batch.attention_mask_BT)
     head = lm_head(model, num_real_tokens)
     head = replace(head, weight_VH=head.weight_VH.float())  # once, not for every row
@@ -115,5 +125,18 @@ def mean_cross_entropies(model: PreTrainedModel, batch: Batch, num_real_tokens: 
     for hidden_TH, labels_T in zip(hidden_BTH, batch.labels_BT, strict=True):
         is_label = labels_T != IGNORE_INDEX
         logits_NV = head_logits(hidden_TH[is_label], head)
+        means.append(float(torch.nn.functional.cross_entropy(logits_NV, labels_T[is_label])))
+    return means
+
+
+def _means_of_own_logits(model: PreTrainedModel, batch: Batch, num_real_tokens: int) -> list[float]:
+    means = []
+    for row, labels_T in enumerate(batch.labels_BT):
+        is_label = labels_T != IGNORE_INDEX
+        one_row = slice(row, row + 1)
+        logits_BTV = full_logits(
+            model, batch.input_ids_BT[one_row], batch.attention_mask_BT[one_row]
+        )
+        logits_NV = logits_BTV[0, is_label, :num_real_tokens].float()
         means.append(float(torch.nn.functional.cross_entropy(logits_NV, labels_T[is_label])))
     return means

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 from pocl_dist.errors import MismatchError
 from pocl_dist.records import LMHead
 
+WAY_OUT = "loss.full_logits: true trains it through its own logits"
+
 
 def head_module(model: PreTrainedModel) -> nn.Linear:
     """Returns the linear map to the vocabulary; raises MismatchError (78) for another head."""
@@ -20,7 +23,7 @@ def head_module(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise MismatchError(
             f"{type(model).__name__}: the head is {type(head).__name__}, "
-            "only a linear one is supported"
+            f"only a linear one is supported; {WAY_OUT}"
         )
     return head
 
@@ -29,7 +32,9 @@ def backbone_module(model: PreTrainedModel) -> nn.Module:
     """Returns the part of the model that ends with the hidden states the head reads."""
     backbone = model.base_model
     if backbone is model:
-        raise MismatchError(f"{type(model).__name__}: the backbone cannot be told from the head")
+        raise MismatchError(
+            f"{type(model).__name__}: the backbone cannot be told from the head; {WAY_OUT}"
+        )
     return backbone
 
 
@@ -39,13 +44,19 @@ def lm_head(model: PreTrainedModel, num_real_tokens: int) -> LMHead:
     Under ZeRO-3 the weight is a partitioned parameter: the caller gathers it around its use.
     """
     head = head_module(model)
-    config = model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return LMHead(
-        head.weight, head.bias, scale, None if softcap is None else float(softcap), num_real_tokens
-    )
+    scale = _setting(model, "logit_scale") or 1.0  # Cohere multiplies
+    scale /= _setting(model, "logits_scaling") or 1.0  # Granite divides
+    softcap = _setting(model, "final_logit_softcapping")  # Gemma
+    return LMHead(head.weight, head.bias, scale, softcap, num_real_tokens)
+
+
+def _setting(model: PreTrainedModel, name: str) -> float | None:
+    """Returns a number of the model's config, or of the text config inside a multimodal one."""
+    for config in (model.config, model.config.get_text_config()):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    return None
 
 
 def hidden_states(
@@ -54,6 +65,14 @@ def hidden_states(
     """Returns the final hidden states (B, T, H), after the last norm: what the head reads."""
     outputs = backbone(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
     return cast("torch.Tensor", outputs.last_hidden_state)
+
+
+def full_logits(
+    model: nn.Module, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor
+) -> torch.Tensor:
+    """Returns the model's own logits (B, T, V), whatever its head is, padding columns included."""
+    outputs = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    return cast("torch.Tensor", outputs.logits)
 
 
 def head_logits(hidden_NH: torch.Tensor, head: LMHead) -> torch.Tensor:
@@ -83,9 +102,7 @@ def check_head(
     ids_BT = torch.arange(4, device=parameter.device)[None] % num_real_tokens
     mask_BT = torch.ones_like(ids_BT)
     with torch.no_grad():
-        expected = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[
-            0, :, :num_real_tokens
-        ]
+        expected = full_logits(model, ids_BT, mask_BT)[0, :, :num_real_tokens]
         hidden = hidden_states(backbone_module(model), ids_BT, mask_BT)[0]
         # After the forwards: these release what they gathered.
         with gather(head_module(model).parameters()) if gather else nullcontext():
@@ -94,5 +111,20 @@ def check_head(
     scale = float(expected.float().abs().max()) or 1.0
     if float((actual - expected.float()).abs().max()) > tolerance * scale:
         raise MismatchError(
-            f"{type(model).__name__}: its logits are not a linear head over its hidden states"
+            f"{type(model).__name__}: its logits are not a linear head over its hidden states; "
+            + WAY_OUT
         )
+
+
+_HAS_LINEAR_HEAD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def has_linear_head(model: PreTrainedModel, num_real_tokens: int) -> bool:
+    """Returns whether backbone + head give the model's own logits; asked once per model."""
+    if model not in _HAS_LINEAR_HEAD:
+        try:
+            check_head(model, num_real_tokens)
+            _HAS_LINEAR_HEAD[model] = True
+        except MismatchError:
+            _HAS_LINEAR_HEAD[model] = False
+    return _HAS_LINEAR_HEAD[model]

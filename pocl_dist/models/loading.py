@@ -56,6 +56,17 @@ def num_positions(source: ModelFolder) -> int | None:
     return None if positions is None else int(positions)
 
 
+def empty_model(source: ModelFolder) -> PreTrainedModel:
+    """Returns the causal language model of a folder without weights, to look at its modules."""
+    import torch
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            _model_config(source), trust_remote_code=source.trust_remote_code
+        )
+    return cast("PreTrainedModel", model)
+
+
 def load_model(source: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
     """Returns the causal language model of a folder, from safetensors only, in eval mode."""
     try:

@@ -22,6 +22,7 @@ from pocl_dist.files import (
 )
 
 MARKER = "pocl_dist.json"
+ADAPTER_SETTINGS = "adapter_config.json"
 _SETTINGS_FILES = ("config.json", "tokenizer_config.json")
 # Hashing 140 GB of teacher at every start costs minutes; above this, sizes and headers must do.
 FULL_HASH_BYTES = 4 << 30
@@ -35,6 +36,7 @@ class ModelFolder:
     origin: str
     trust_remote_code: bool = False
     commit: str | None = None
+    adapter_digest: str | None = None  # of the adapter that was merged into the weights
 
 
 def cache_folder() -> Path:
@@ -52,6 +54,11 @@ def _settings(file: Path, key: str) -> dict[str, JSONValue]:
 
 
 def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
+    if (folder / ADAPTER_SETTINGS).exists():  # transformers would load another model in its place
+        raise MissingInputError(
+            f"{key}: {folder} holds an adapter ({ADAPTER_SETTINGS}); "
+            f"name its base model here and the adapter as {key.rpartition('.')[0]}.adapter"
+        )
     if not (folder / "config.json").is_file():
         raise MissingInputError(f"{key}: {folder} has no config.json: not a model folder")
     weights = list(folder.glob("*.safetensors"))
@@ -72,7 +79,10 @@ def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
         )
 
 
-def _from_hub(path: str, revision: str | None, key: str, trust_remote_code: bool) -> ModelFolder:
+def from_hub(
+    path: str, revision: str | None, key: str, trust_remote_code: bool = False
+) -> ModelFolder:
+    """Returns the downloaded folder of a hub id (UnavailableError 69, MissingInputError 66)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -160,16 +170,21 @@ def find_model(
         or path.count("/") != 1
     ):
         raise MissingInputError(f"{key}: {path} does not exist (looked at {local.resolve()})")
-    found = _from_hub(path, revision, key, trust_remote_code)
+    found = from_hub(path, revision, key, trust_remote_code)
     _check_folder(found.folder, key, trust_remote_code)
     return found
 
 
 def model_digest(source: ModelFolder) -> str:
-    """Returns a digest of config and weights: sha256 of files; above 4 GiB of sizes and headers."""
+    """Returns a digest of config and weights: sha256 of files; above 4 GiB of sizes and headers.
+
+    The digest of a merged adapter counts too: sizes and headers would not tell two of them apart.
+    """
     files = sorted([source.folder / "config.json", *source.folder.glob("*.safetensors")])
     is_small = sum(file.stat().st_size for file in files) <= FULL_HASH_BYTES
     parts: dict[str, JSONValue] = {}
+    if source.adapter_digest is not None:
+        parts["adapter"] = source.adapter_digest
     for file in files:
         if is_small:
             parts[file.name] = sha256_file(file)

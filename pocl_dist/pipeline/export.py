@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocl_dist import __version__
-from pocl_dist.config import Config
+from pocl_dist.config import Config, LoRAConfig
 from pocl_dist.distributed.checkpoint import WEIGHTS, Checkpoint
 from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text, fsync_folder
 from pocl_dist.models.loading import load_model
+from pocl_dist.models.lora import add_lora, merge_lora
 from pocl_dist.models.sources import MARKER, ModelFolder
 from pocl_dist.records import Stage
 
@@ -24,23 +25,42 @@ if TYPE_CHECKING:
 PREFIX = "model."  # of the student inside the trained module
 
 
+@torch.no_grad()
+def copy_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Sets what is trained of `model` from the checkpoint, which must hold exactly that."""
+    targets = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, value in checkpoint.tensors(WEIGHTS):
+        targets.pop(name.removeprefix(PREFIX)).copy_(value)
+    if targets:
+        raise RuntimeError(f"{checkpoint.folder} lacks {', '.join(sorted(targets))}")
+
+
 def student_from_checkpoint(
-    source: ModelFolder, checkpoint: Checkpoint, dtype: torch.dtype
+    source: ModelFolder,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    lora: LoRAConfig | None = None,
 ) -> PreTrainedModel:
-    """Returns a plain model of the student's architecture with the checkpoint's weights."""
+    """Returns a plain model of the student's architecture with the checkpoint's weights.
+
+    A checkpoint of a LoRA student holds adapters only: they are merged, in fp32, into `source`.
+    """
+    if lora is not None:
+        model = load_model(source, torch.float32)
+        add_lora(model, lora, seed=0)
+        copy_weights(checkpoint, model)
+        merge_lora(model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model.eval()
     settings = AutoConfig.from_pretrained(
         source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
     )
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(settings), dtype=dtype, trust_remote_code=source.trust_remote_code
     )
-    targets = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in checkpoint.tensors(WEIGHTS):
-            targets.pop(name.removeprefix(PREFIX)).copy_(value)
-    if targets:
-        raise RuntimeError(f"{checkpoint.folder} lacks {', '.join(sorted(targets))}")
-    return model.eval()
+    copy_weights(checkpoint, model)
+    return cast("PreTrainedModel", model.eval())
 
 
 def _model_card(config: Config, stages: tuple[Stage, ...], step: int) -> str:
@@ -57,17 +77,23 @@ def _model_card(config: Config, stages: tuple[Stage, ...], step: int) -> str:
     )
     if teacher is not None and len(stages) == 1:
         method = f"{config.loss.name}, plain distillation"
-    origin = (
-        config.models.student.path or f"layers {config.models.student.init_layers} of the teacher"
-    )
+    student = config.models.student
+    origin = f"`{student.path}`" if student.path else f"layers {student.init_layers} of the teacher"
+    if student.adapter is not None:
+        origin += f" with adapter `{student.adapter}`"
+    if student.lora is not None:
+        method += f", LoRA of rank {student.lora.rank} (merged)"
+    teacher_name = "none" if teacher is None else f"`{teacher.path}`"
+    if teacher is not None and teacher.adapter is not None:
+        teacher_name += f" with adapter `{teacher.adapter}`"
     return f"""---
 library_name: transformers
 tags: [distillation, pocl]
 ---
 # Distilled student
 
-- student made from: `{origin}`
-- teacher: `{teacher.path if teacher else "none"}`
+- student made from: {origin}
+- teacher: {teacher_name}
 - method: {method}
 - training rows: `{config.data.train}`, template `{config.data.template}`
 - seed {config.seed}, {step} optimizer steps of {config.engine.global_batch_size} rows
@@ -99,7 +125,7 @@ def write_export(
     """Writes the export whole or not at all, reads it back, compares every weight. Rank 0 only."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    model = student_from_checkpoint(source, checkpoint, dtype)
+    model = student_from_checkpoint(source, checkpoint, dtype, config.models.student.lora)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(temporary)

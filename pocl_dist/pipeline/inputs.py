@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocl_dist.config import Config, select_keys
+from pocl_dist.config import Config, ModelConfig, StudentConfig, select_keys
 from pocl_dist.data.sources import Rows, read_rows
 from pocl_dist.errors import DataError
 from pocl_dist.files import (
@@ -100,33 +102,47 @@ def write_quarantine(run: RunDirectory, all_rows: list[Rows]) -> int:
 
 
 def _find_once(
-    run: RunDirectory, key: str, path: str, revision: str | None, trust_remote_code: bool
+    run: RunDirectory,
+    key: str,
+    path: str,
+    revision: str | None,
+    find: Callable[[str, str, str | None], ModelFolder],
 ) -> ModelFolder:
-    """Returns a model's folder; a hub id keeps the commit that the run first resolved it to.
+    """Returns what `find` finds; a hub id keeps the commit that the run first resolved it to.
 
     The commit stands in `models.json`: if the branch moves, a resumed run finds its own model.
     """
-    from pocl_dist.models.sources import find_model
-
     record = run.root / "models.json"
     known = read_json(record) if record.exists() else {}
     asked: dict[str, JSONValue] = {"path": path, "revision": revision}
     entry = known.get(key)
     if isinstance(entry, dict) and {name: entry.get(name) for name in asked} == asked:
-        return find_model(path, key, str(entry["commit"]), trust_remote_code)
-    found = find_model(path, key, revision, trust_remote_code)
+        return find(path, key, str(entry["commit"]))
+    found = find(path, key, revision)
     if found.commit is not None:
         atomic_write_json(record, {**known, key: {**asked, "commit": found.commit}})
     return found
 
 
+def _model(run: RunDirectory, role: str, model: ModelConfig | StudentConfig) -> ModelFolder:
+    """Returns the local folder of a model that is named by its path, its adapter merged."""
+    from pocl_dist.models.sources import find_model
+
+    assert model.path is not None, "the caller knows of students without a path"
+    find = partial(find_model, trust_remote_code=model.trust_remote_code)
+    found = _find_once(run, f"models.{role}.path", model.path, model.revision, find)
+    if model.adapter is None:
+        return found
+    from pocl_dist.models.adapters import find_adapter, merge_adapter
+
+    key = f"models.{role}.adapter"
+    return merge_adapter(found, _find_once(run, key, model.adapter, None, find_adapter), key)
+
+
 def teacher_source(config: Config, run: RunDirectory) -> ModelFolder | None:
-    """Returns the teacher's local folder (converted, downloaded), or None for SFT."""
+    """Returns the teacher's local folder (downloaded, converted, merged), or None for SFT."""
     teacher = config.models.teacher
-    if teacher is None:
-        return None
-    key = "models.teacher.path"
-    return _find_once(run, key, teacher.path, teacher.revision, teacher.trust_remote_code)
+    return None if teacher is None else _model(run, "teacher", teacher)
 
 
 def student_source(config: Config, run: RunDirectory) -> ModelFolder:
@@ -140,8 +156,7 @@ def student_source(config: Config, run: RunDirectory) -> ModelFolder:
             run.init_student,
             f"layers {layers} of {config.models.teacher and config.models.teacher.path}",
         )
-    key = "models.student.path"
-    return _find_once(run, key, student.path, student.revision, student.trust_remote_code)
+    return _model(run, "student", student)
 
 
 def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Encoder:

@@ -8,6 +8,7 @@ from pocl_dist.pipeline.inputs import (
     read_dev,
     read_eval_sets,
     read_train,
+    student_source,
     teacher_source,
     write_quarantine,
 )
@@ -34,7 +35,6 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
         num_positions,
     )
     from pocl_dist.models.pruning import check_layers
-    from pocl_dist.models.sources import find_model
 
     given = config.models.student
     if teacher is not None:
@@ -42,15 +42,17 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     if given.path is None:
         assert teacher is not None, "checked with the config"
         check_layers(num_layers(teacher), given.init_layers or [])
-        encoder_tokenizer = load_tokenizer(teacher)
+        encoder_tokenizer, layout = load_tokenizer(teacher), teacher
     else:
-        student = find_model(
-            given.path, "models.student.path", given.revision, given.trust_remote_code
-        )
+        student = student_source(config, run)
         _check_positions(config, num_positions(student), "models.student")
-        encoder_tokenizer = load_tokenizer(student)
+        encoder_tokenizer, layout = load_tokenizer(student), student
         if teacher is not None:
             check_same_tokenizer(load_tokenizer(teacher), encoder_tokenizer)
+    if given.lora is not None:
+        from pocl_dist.models.lora import check_lora
+
+        check_lora(layout, given.lora)
     from pocl_dist.pipeline.inputs import make_encoder
 
     encoder = make_encoder(config, encoder_tokenizer)

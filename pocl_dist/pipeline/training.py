@@ -11,7 +11,6 @@ import torch
 from pocl_dist.config import Config, select_keys
 from pocl_dist.curriculum.coordinator import Coordinator, Progress
 from pocl_dist.distributed.checkpoint import (
-    WEIGHTS,
     Checkpoint,
     agree_on_digest,
     find_checkpoint,
@@ -28,10 +27,11 @@ from pocl_dist.models.loading import (
     load_tokenizer,
     tokenizer_digest,
 )
+from pocl_dist.models.lora import add_lora
 from pocl_dist.models.sources import model_digest
 from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
-from pocl_dist.pipeline.export import PREFIX
+from pocl_dist.pipeline.export import copy_weights
 from pocl_dist.pipeline.inputs import (
     RESULT_KEYS,
     make_encoder,
@@ -243,16 +243,16 @@ def _student_engine(
     checkpoint: Checkpoint | None,
 ) -> DeepSpeedEngine:
     model = load_model(student, torch.float32)
-    if checkpoint is None:
+    lora = config.models.student.lora
+    if lora is not None:
+        add_lora(model, lora, config.seed)
+    if checkpoint is not None:
+        copy_weights(checkpoint, model)
+    elif not config.loss.full_logits:
         check_head(model, len(tokenizer))
-    else:
-        targets = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in checkpoint.tensors(WEIGHTS):
-                targets[name.removeprefix(PREFIX)].copy_(value)
     if config.engine.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = StudentWithLoss(model, config.loss, len(tokenizer))
+    module = StudentWithLoss(model, config.loss, len(tokenizer), lora)
     dtype = torch_dtype(config.engine.dtype, rank.device)
     for parameter in module.parameters():
         # Not module.to(): buffers, such as the frequencies of RoPE, stay fp32, as from_pretrained
