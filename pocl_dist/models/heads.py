@@ -49,10 +49,19 @@ def lm_head(model: PreTrainedModel, num_real_tokens: int) -> LMHead:
 
 
 def hidden_states(
-    backbone: nn.Module, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor
+    backbone: nn.Module,
+    input_ids_BT: torch.Tensor,
+    attention_mask_BT: torch.Tensor | None,
+    position_ids_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the final hidden states (B, T, H), after the last norm: what the head reads."""
-    outputs = backbone(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    """Returns the final hidden states (B, T, H), after the last norm: what the head reads.
+
+    Rows padded on the right need no mask, causal attention never looks there. Positions that start
+    anew within a row keep what is packed into it apart; a mask would switch that off.
+    """
+    packed = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+    mask_BT = attention_mask_BT if position_ids_BT is None else None
+    outputs = backbone(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **packed)
     return cast("torch.Tensor", outputs.last_hidden_state)
 
 

@@ -43,13 +43,16 @@ class StudentWithLoss(nn.Module):
     def forward(
         self,
         input_ids_BT: torch.Tensor,
-        attention_mask_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor | None,
         labels_BT: torch.Tensor,
         teacher: TeacherOutput,
+        position_ids_BT: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (loss sum with gradient, [kd, ce, kl] sums without) of a micro-batch's labels."""
         is_label_BT = labels_BT != IGNORE_INDEX
-        hidden_BTH = hidden_states(backbone_module(self.model), input_ids_BT, attention_mask_BT)
+        hidden_BTH = hidden_states(
+            backbone_module(self.model), input_ids_BT, attention_mask_BT, position_ids_BT
+        )
         # Boolean indexing keeps the graph also when nothing is selected: an empty micro-batch goes
         # through backward like any other.
         result = distillation_loss(
@@ -91,6 +94,9 @@ def plain_copy(engine: DeepSpeedEngine) -> PreTrainedModel:
     return copied.eval()
 
 
-def batch_arguments(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the tensors that `StudentWithLoss.forward` takes of a batch."""
-    return batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT
+def batch_arguments(batch: Batch) -> tuple[torch.Tensor, None, torch.Tensor]:
+    """Returns (ids, mask, labels) as `StudentWithLoss.forward` takes them of a batch.
+
+    No mask: rows are padded on the right, and without one attention takes its causal kernel.
+    """
+    return batch.input_ids_BT, None, batch.labels_BT

@@ -1,4 +1,4 @@
-"""The teacher beside the student: frozen, in eval mode, partitioned over the ranks by ZeRO-3."""
+"""The teacher beside the student: frozen, in eval mode, partitioned over the ranks, if several, by ZeRO-3."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from pocl_dist.distributed.parameters import gathered
 from pocl_dist.distributed.process_group import Rank, torch_dtype
 from pocl_dist.models.heads import backbone_module, check_head, head_module, hidden_states, lm_head
 from pocl_dist.models.loading import load_model
+from pocl_dist.models.packing import check_packing
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.records import IGNORE_INDEX, Batch, TeacherOutput
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedModel
 
 
 class _Backbone(nn.Module):
@@ -29,8 +31,32 @@ class _Backbone(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
-        return hidden_states(backbone_module(self.model), input_ids_BT, attention_mask_BT)  # type: ignore[arg-type]
+    def forward(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        backbone = backbone_module(self.model)  # type: ignore[arg-type]
+        return hidden_states(backbone, input_ids_BT, None, position_ids_BT)
+
+
+def _partitioned(
+    source: ModelFolder, config: Config, rank: Rank, dtype: torch.dtype
+) -> tuple[PreTrainedModel, DeepSpeedEngine]:
+    """Returns the teacher, shared by all ranks, and the engine that runs its backbone. Collective.
+
+    The weights go from the files straight into partitions (`zero.Init` through transformers),
+    so that no rank ever holds the whole teacher.
+    """
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    settings = teacher_engine_config(config, rank)
+    marker = HfDeepSpeedConfig(settings)  # transformers looks for a living one while it loads
+    model = load_model(source, dtype).requires_grad_(False)
+    del marker
+    engine, *_ = deepspeed.initialize(
+        model=_Backbone(model), config=settings, dist_init_required=False
+    )
+    return model, engine
 
 
 class OnlineTeacher:
@@ -39,27 +65,19 @@ class OnlineTeacher:
     def __init__(
         self, source: ModelFolder, config: Config, rank: Rank, num_real_tokens: int
     ) -> None:
-        """Loads and partitions the teacher. Collective.
-
-        The weights go from the files straight into partitions (`zero.Init` through transformers),
-        so that no rank ever holds the whole teacher.
-        """
-        import deepspeed
-        from transformers.integrations import HfDeepSpeedConfig
-
-        settings = teacher_engine_config(config, rank)
-        marker = HfDeepSpeedConfig(settings)  # transformers looks for a living one while it loads
-        model = load_model(source, torch_dtype(config.engine.dtype, rank.device))
-        del marker
-        model.requires_grad_(False)
-        self.model = model
+        """Loads and partitions the teacher. Collective."""
         self.num_real_tokens = num_real_tokens
-        engine, *_ = deepspeed.initialize(
-            model=_Backbone(model), config=settings, dist_init_required=False
-        )
-        self.engine: DeepSpeedEngine = engine
-        self.engine.eval()
-        check_head(model, num_real_tokens, gathered)
+        dtype = torch_dtype(config.engine.dtype, rank.device)
+        if rank.world_size == 1 and config.teacher.offload_param == "none":
+            # Nothing to share: ZeRO-3 would only copy each weight before each use (30 % slower).
+            self.model = load_model(source, dtype).requires_grad_(False).to(rank.device)
+            self.backbone: nn.Module = _Backbone(self.model)
+        else:
+            self.model, self.backbone = _partitioned(source, config, rank, dtype)
+        self.backbone.eval()
+        check_head(self.model, num_real_tokens, gathered)
+        if config.engine.packing:
+            check_packing(self.model, num_real_tokens)
 
     @contextmanager
     def answer(self, batch: Batch) -> Iterator[TeacherOutput]:
@@ -68,7 +86,7 @@ class OnlineTeacher:
         The head is whole on every rank while the context lasts.
         """
         with torch.no_grad():
-            hidden_BTH = self.engine(batch.input_ids_BT, batch.attention_mask_BT)
+            hidden_BTH = self.backbone(batch.input_ids_BT, batch.position_ids_BT)
             hidden_NH = hidden_BTH[batch.labels_BT != IGNORE_INDEX]
         with gathered(head_module(self.model).parameters()):
             yield TeacherOutput(hidden_NH, lm_head(self.model, self.num_real_tokens))
