@@ -72,6 +72,7 @@ class Batch:
     labels_BT: torch.Tensor  # already shifted; IGNORE_INDEX where nothing is learnt
     num_tokens: int  # real tokens, padding not counted
     example_ids: tuple[str, ...] = ()  # in the order in which their labels stand, row by row
+    position_ids_BT: torch.Tensor | None = None  # where rows hold several examples end to end
 
     @property
     def num_label_tokens(self) -> int:
@@ -86,6 +87,7 @@ class Batch:
             self.labels_BT.to(device),
             self.num_tokens,
             self.example_ids,
+            None if self.position_ids_BT is None else self.position_ids_BT.to(device),
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.step_answers import AnsweredBatch
 from pocl_dist.records import EncodedExample
 from tests.ranks import run_ranks, run_ranks_with_errors
-from tests.tiny import write_config, write_llama, write_rows
+from tests.tiny import write_config, write_llama
 from tests.training import checkpoint_tensors, distill, step_rows
 
 Pair = tuple[Path, Path, Path]

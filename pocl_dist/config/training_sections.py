@@ -91,6 +91,10 @@ class EngineConfig(Section):
     """Upper bound of rows per rank and forward pass."""
     global_batch_size: Annotated[int, Field(ge=1)] = 64
     """Rows per optimizer step over all ranks; a whole multiple of the ranks."""
+    max_waste: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """More padding and waiting for other ranks than this: up to twice as many micro-batches."""
+    packing: bool = False
+    """Several examples end to end in a row, kept apart by the attention: no padding."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Null: bf16 on GPU, fp32 on CPU."""
     gradient_checkpointing: bool = False

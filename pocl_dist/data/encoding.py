@@ -160,26 +160,43 @@ def shift_labels(token_ids: Sequence[int], num_prompt_tokens: int) -> tuple[list
 
 
 def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
-    """Returns the rows padded on the right; without rows, one row of one masked token.
+    """Returns one row per example, padded on the right; without any, one row of one masked token.
 
     The dummy lets a rank without rows take part in every forward, backward
     and gather of the others.
     """
-    if not examples:
+    return replace(
+        collate_packed([[example] for example in examples], pad_id), position_ids_BT=None
+    )
+
+
+def collate_packed(rows: Sequence[Sequence[EncodedExample]], pad_id: int) -> Batch:
+    """Returns rows that hold several examples end to end, padded on the right.
+
+    Positions start from 0 with every example, and with the padding: that is how transformers tells
+    that one must not attend to another.
+    """
+    if not rows:
         one = torch.tensor([[pad_id]])
-        return Batch(one, torch.ones_like(one), torch.full_like(one, IGNORE_INDEX), num_tokens=0)
-    pairs = [shift_labels(example.token_ids, example.num_prompt_tokens) for example in examples]
-    longest = max(len(inputs) for inputs, _ in pairs)
-    input_ids = [inputs + [pad_id] * (longest - len(inputs)) for inputs, _ in pairs]
-    labels = [labels + [IGNORE_INDEX] * (longest - len(labels)) for _, labels in pairs]
-    lengths = torch.tensor([len(inputs) for inputs, _ in pairs])
-    mask = (torch.arange(longest)[None, :] < lengths[:, None]).long()
+        zero = torch.zeros_like(one)
+        return Batch(one, zero + 1, zero + IGNORE_INDEX, num_tokens=0, position_ids_BT=zero)
+    lengths = torch.tensor([sum(len(item.token_ids) - 1 for item in row) for row in rows])
+    longest = int(lengths.max())
+    input_ids, labels, positions = [], [], []
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        pairs = [shift_labels(item.token_ids, item.num_prompt_tokens) for item in row]
+        rest = longest - length
+        input_ids.append([token for inputs, _ in pairs for token in inputs] + [pad_id] * rest)
+        labels.append([label for _, found in pairs for label in found] + [IGNORE_INDEX] * rest)
+        starts = [range(len(inputs)) for inputs, _ in pairs] + [range(rest)]
+        positions.append([position for start in starts for position in start])
     return Batch(
         torch.tensor(input_ids),
-        mask,
+        (torch.arange(longest)[None, :] < lengths[:, None]).long(),
         torch.tensor(labels),
         num_tokens=int(lengths.sum()),
-        example_ids=tuple(example.example_id for example in examples),
+        example_ids=tuple(item.example_id for row in rows for item in row),
+        position_ids_BT=torch.tensor(positions),
     )
 
 

@@ -7,14 +7,10 @@ step s instead of replaying s steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
-
-T = TypeVar("T")
 
 
 @lru_cache(maxsize=4)
@@ -66,16 +62,3 @@ class StageSampler:
                 int(_permutation(self.seed, self.stage, epoch, self.num_examples)[offset])
             )
         return positions
-
-
-def micro_batches_of_rank(
-    batch: Sequence[T], rank: int, world_size: int, micro_batch_size: int, num_micro_batches: int
-) -> list[Sequence[T]]:
-    """Returns this rank's share of a global batch, in exactly `num_micro_batches` parts.
-
-    Every rank gets the same number of parts (some may be empty), so that all take
-    part in the same collectives.
-    """
-    share = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
-    starts = range(0, num_micro_batches * micro_batch_size, micro_batch_size)
-    return [share[start : start + micro_batch_size] for start in starts]

@@ -60,18 +60,35 @@ def _setting(model: PreTrainedModel, name: str) -> float | None:
 
 
 def hidden_states(
-    backbone: nn.Module, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor
+    backbone: nn.Module,
+    input_ids_BT: torch.Tensor,
+    attention_mask_BT: torch.Tensor | None,
+    position_ids_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the final hidden states (B, T, H), after the last norm: what the head reads."""
-    outputs = backbone(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    """Returns the final hidden states (B, T, H), after the last norm: what the head reads.
+
+    Rows padded on the right need no mask, causal attention never looks there. Positions that start
+    anew within a row keep what is packed into it apart; a mask would switch that off.
+    """
+    packed = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+    mask_BT = attention_mask_BT if position_ids_BT is None else None
+    outputs = backbone(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **packed)
     return cast("torch.Tensor", outputs.last_hidden_state)
 
 
 def full_logits(
-    model: nn.Module, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor
+    model: nn.Module,
+    input_ids_BT: torch.Tensor,
+    attention_mask_BT: torch.Tensor | None,
+    position_ids_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the model's own logits (B, T, V), whatever its head is, padding columns included."""
-    outputs = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    """Returns the model's own logits (B, T, V), whatever its head is, padding columns included.
+
+    Mask and positions as in `hidden_states`.
+    """
+    packed = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+    mask_BT = attention_mask_BT if position_ids_BT is None else None
+    outputs = model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **packed)
     return cast("torch.Tensor", outputs.logits)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pocl_dist.curriculum.coordinator import Instruction
-from pocl_dist.data.encoding import collate, pad_id_of
-from pocl_dist.data.sampler import StageSampler, micro_batches_of_rank
-from pocl_dist.distributed.engine import num_micro_batches
+from pocl_dist.data.batching import packed_layout, packed_rows, padded_layout
+from pocl_dist.data.encoding import collate, collate_packed, pad_id_of
+from pocl_dist.data.sampler import StageSampler
 from pocl_dist.pipeline.training import Training
 from pocl_dist.records import Batch, EncodedExample
+
+MAX_PACKED_PADDING = 0.02
+"""Padding that packed rows may keep, for attention costs the square of a row's length."""
 
 
 def sampler_of(training: Training, stage_index: int) -> StageSampler:
@@ -31,10 +34,25 @@ def global_batch(training: Training, instruction: Instruction) -> list[EncodedEx
 
 
 def micro_batches(training: Training, examples: Sequence[EncodedExample]) -> list[Batch]:
-    """Returns this rank's share of a global batch; every rank has as many micro-batches."""
-    engine, rank = training.config.engine, training.rank
-    count = num_micro_batches(engine.global_batch_size, rank.world_size, engine.micro_batch_size)
-    shares = micro_batches_of_rank(
-        examples, rank.index, rank.world_size, engine.micro_batch_size, count
-    )
-    return [collate(share, pad_id_of(training.tokenizer)) for share in shares]
+    """Returns this rank's share of a global batch, by the lengths of the examples given.
+
+    Every rank has as many micro-batches; some may hold a dummy only.
+    """
+    engine, rank, pad_id = training.config.engine, training.rank, pad_id_of(training.tokenizer)
+    lengths = [len(example.token_ids) - 1 for example in examples]  # what goes in: all but the last
+    if not engine.packing:
+        shares = padded_layout(lengths, rank.world_size, engine.micro_batch_size, engine.max_waste)
+        return [collate([examples[i] for i in part], pad_id) for part in shares[rank.index]]
+    shares = packed_layout(lengths, rank.world_size, engine.micro_batch_size)
+    return [
+        collate_packed(_rows([examples[i] for i in part], training.needs_one_row), pad_id)
+        for part in shares[rank.index]
+    ]
+
+
+def _rows(examples: Sequence[EncodedExample], is_one_row: bool) -> list[list[EncodedExample]]:
+    """Returns how the examples of a packed micro-batch lie in rows."""
+    if is_one_row or not examples:
+        return [list(examples)] if examples else []
+    rows = packed_rows([len(example.token_ids) - 1 for example in examples], MAX_PACKED_PADDING)
+    return [[examples[i] for i in row] for row in rows]

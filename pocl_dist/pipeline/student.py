@@ -60,15 +60,19 @@ class StudentWithLoss(nn.Module):
     def forward(
         self,
         input_ids_BT: torch.Tensor,
-        attention_mask_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor | None,
         labels_BT: torch.Tensor,
         teacher: TeacherOutput,
+        position_ids_BT: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (loss sum with gradient, [kd, ce, kl] sums without) of a micro-batch's labels."""
         if self.loss.full_logits:
-            return self._from_full_logits(input_ids_BT, attention_mask_BT, labels_BT, teacher)
+            logits_BTV = full_logits(self.model, input_ids_BT, attention_mask_BT, position_ids_BT)
+            return self._from_full_logits(logits_BTV, labels_BT, teacher)
         is_label_BT = labels_BT != IGNORE_INDEX
-        hidden_BTH = hidden_states(backbone_module(self.model), input_ids_BT, attention_mask_BT)
+        hidden_BTH = hidden_states(
+            backbone_module(self.model), input_ids_BT, attention_mask_BT, position_ids_BT
+        )
         # Boolean indexing keeps the graph also when nothing is selected: an empty micro-batch goes
         # through backward like any other.
         result = distillation_loss(
@@ -86,14 +90,9 @@ class StudentWithLoss(nn.Module):
         return _sums(result)
 
     def _from_full_logits(
-        self,
-        input_ids_BT: torch.Tensor,
-        attention_mask_BT: torch.Tensor,
-        labels_BT: torch.Tensor,
-        teacher: TeacherOutput,
+        self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor, teacher: TeacherOutput
     ) -> tuple[torch.Tensor, torch.Tensor]:
         is_label_BT = labels_BT != IGNORE_INDEX
-        logits_BTV = full_logits(self.model, input_ids_BT, attention_mask_BT)
         result = full_logits_loss(
             logits_BTV[is_label_BT][:, : self.num_real_tokens],
             teacher.logits_NV,
@@ -139,6 +138,9 @@ def plain_copy(engine: DeepSpeedEngine) -> PreTrainedModel:
     return copied.eval()
 
 
-def batch_arguments(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the tensors that `StudentWithLoss.forward` takes of a batch."""
-    return batch.input_ids_BT, batch.attention_mask_BT, batch.labels_BT
+def batch_arguments(batch: Batch) -> tuple[torch.Tensor, None, torch.Tensor]:
+    """Returns (ids, mask, labels) as `StudentWithLoss.forward` takes them of a batch.
+
+    No mask: rows are padded on the right, and without one attention takes its causal kernel.
+    """
+    return batch.input_ids_BT, None, batch.labels_BT

@@ -51,8 +51,8 @@ def _forward_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs one micro-batch; returns its (loss sum, [kd, ce, kl] sums), detached. Collective."""
     with nullcontext(TeacherOutput()) if teacher is None else teacher.answer(batch) as output:
-        loss_sum, part_sums = engine(*batch_arguments(batch), output)
-    engine.backward(loss_sum * factor)
+        loss_sum, part_sums = engine(*batch_arguments(batch), output, batch.position_ids_BT)
+    engine.backward(loss_sum * factor, scale_wrt_gas=False)
     return loss_sum.detach().double(), part_sums
 
 
@@ -86,12 +86,14 @@ def train_step(
        (DivergedError, 76);
     3. clip, AdamW.
 
-    DeepSpeed averages gradients over ranks and micro-batches; the factor undoes both, so that the
-    gradient is that of sum(loss) / global tokens however the batch is split.
+    DeepSpeed averages gradients over ranks and adds those of micro-batches; the factor undoes the
+    average, so that the gradient is that of sum(loss) / global tokens however the batch is split.
     """
-    factor = rank.world_size * engine.gradient_accumulation_steps() / num_label_tokens
+    factor = rank.world_size / num_label_tokens
     sums = torch.zeros(4, dtype=torch.float64, device=rank.device)
     for index, batch in enumerate(batches):
+        # The number of micro-batches depends on the lengths: told, not counted.
+        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
         loss_sum, part_sums = _forward_backward(engine, teacher, batch.to(rank.device), factor)
         sums += torch.cat([loss_sum[None], part_sums])
         if index < len(batches) - 1:

@@ -28,6 +28,7 @@ from pocl_dist.models.loading import (
     tokenizer_digest,
 )
 from pocl_dist.models.lora import add_lora
+from pocl_dist.models.packing import check_packing, needs_one_row
 from pocl_dist.models.sources import model_digest
 from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
@@ -74,6 +75,7 @@ class Training:
     policy: OnPolicy | None  # None: the references are trained on
     log: MetricsLog | None  # rank 0 writes, the others do not
     display: TrainingDisplay
+    needs_one_row: bool = False  # packed examples must lie in a single row (flash attention)
     is_stop_asked: bool = False  # a signal to any rank, as the ranks told each other
 
     @property
@@ -170,7 +172,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         print(
             f"distill: {rank.world_size} rank(s) on {rank.device.type}, "
             f"ZeRO stage {config.engine.zero_stage}, {dtype}, "
-            f"{num_batches} micro-batch(es) of at most "
+            f"from {num_batches} micro-batch(es) of at most "
             f"{config.engine.micro_batch_size} rows per rank and step",
             flush=True,
         )
@@ -191,6 +193,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         policy=policy,
         log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
         display=display,
+        needs_one_row=needs_one_row(cast("StudentWithLoss", engine.module).model),
     )
 
 
@@ -250,6 +253,8 @@ def _student_engine(
         copy_weights(checkpoint, model)
     elif not config.loss.full_logits:
         check_head(model, len(tokenizer))
+    if config.engine.packing:
+        check_packing(model, len(tokenizer))
     if config.engine.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = StudentWithLoss(model, config.loss, len(tokenizer), lora)

@@ -22,11 +22,13 @@ from pocl_dist.models.heads import (
     lm_head,
 )
 from pocl_dist.models.loading import load_model
+from pocl_dist.models.packing import check_packing
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.records import IGNORE_INDEX, Batch, TeacherOutput
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedModel
 
 
 class _Backbone(nn.Module):
@@ -36,8 +38,11 @@ class _Backbone(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
-        return hidden_states(backbone_module(self.model), input_ids_BT, attention_mask_BT)  # type: ignore[arg-type]
+    def forward(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        backbone = backbone_module(self.model)  # type: ignore[arg-type]
+        return hidden_states(backbone, input_ids_BT, None, position_ids_BT)
 
 
 class _WholeModel(nn.Module):
@@ -47,8 +52,36 @@ class _WholeModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
-        return full_logits(self.model, input_ids_BT, attention_mask_BT)
+    def forward(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        return full_logits(self.model, input_ids_BT, None, position_ids_BT)
+
+
+def _partitioned(
+    source: ModelFolder, config: Config, rank: Rank, dtype: torch.dtype
+) -> tuple[PreTrainedModel, DeepSpeedEngine]:
+    """Returns the teacher, shared by all ranks, and the engine that runs its backbone. Collective.
+
+    The weights go from the files straight into partitions (`zero.Init` through transformers),
+    so that no rank ever holds the whole teacher.
+    """
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    settings = teacher_engine_config(config, rank)
+    marker = HfDeepSpeedConfig(settings)  # transformers looks for a living one while it loads
+    model = load_model(source, dtype).requires_grad_(False)
+    del marker
+    engine, *_ = deepspeed.initialize(
+        model=_answering(model, config), config=settings, dist_init_required=False
+    )
+    return model, engine
+
+
+def _answering(model: PreTrainedModel, config: Config) -> nn.Module:
+    """Returns the part of the teacher that is run."""
+    return _WholeModel(model) if config.loss.full_logits else _Backbone(model)
 
 
 class OnlineTeacher:
@@ -57,31 +90,21 @@ class OnlineTeacher:
     def __init__(
         self, source: ModelFolder, config: Config, rank: Rank, num_real_tokens: int
     ) -> None:
-        """Loads and partitions the teacher. Collective.
-
-        The weights go from the files straight into partitions (`zero.Init` through transformers),
-        so that no rank ever holds the whole teacher.
-        """
-        import deepspeed
-        from transformers.integrations import HfDeepSpeedConfig
-
-        settings = teacher_engine_config(config, rank)
-        marker = HfDeepSpeedConfig(settings)  # transformers looks for a living one while it loads
-        model = load_model(source, torch_dtype(config.engine.dtype, rank.device))
-        del marker
-        model.requires_grad_(False)
-        self.model = model
+        """Loads and partitions the teacher. Collective."""
         self.num_real_tokens = num_real_tokens
         self.gives_logits = config.loss.full_logits
-        engine, *_ = deepspeed.initialize(
-            model=_WholeModel(model) if self.gives_logits else _Backbone(model),
-            config=settings,
-            dist_init_required=False,
-        )
-        self.engine: DeepSpeedEngine = engine
-        self.engine.eval()
+        dtype = torch_dtype(config.engine.dtype, rank.device)
+        if rank.world_size == 1 and config.teacher.offload_param == "none":
+            # Nothing to share: ZeRO-3 would only copy each weight before each use (30 % slower).
+            self.model = load_model(source, dtype).requires_grad_(False).to(rank.device)  # type: ignore[arg-type]
+            self.answering: nn.Module = _answering(self.model, config)
+        else:
+            self.model, self.answering = _partitioned(source, config, rank, dtype)
+        self.answering.eval()
         if not self.gives_logits:
-            check_head(model, num_real_tokens, gathered)
+            check_head(self.model, num_real_tokens, gathered)
+        if config.engine.packing:
+            check_packing(self.model, num_real_tokens)
 
     @contextmanager
     def answer(self, batch: Batch) -> Iterator[TeacherOutput]:
@@ -92,7 +115,7 @@ class OnlineTeacher:
         """
         is_label_BT = batch.labels_BT != IGNORE_INDEX
         with torch.no_grad():
-            answer_BT_ = self.engine(batch.input_ids_BT, batch.attention_mask_BT)
+            answer_BT_ = self.answering(batch.input_ids_BT, batch.position_ids_BT)
             answer_N_ = answer_BT_[is_label_BT]
         if self.gives_logits:
             yield TeacherOutput(logits_NV=answer_N_[:, : self.num_real_tokens])
