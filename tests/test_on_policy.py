@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_dist.config import Config, PolicyConfig, load_config
@@ -32,7 +32,7 @@ TIMES = ("tokens_per_second", "peak_memory_bytes", "generation_seconds")
 ADAPTIVE = {
     "curriculum": {"num_stages": 2, "epochs_per_stage": 3, "ordering": "shuffled"},
     "policy": {"mode": "adaptive", "initial_ratio": 0.7, "loss_tolerance": 0.0,
-               "ratio_increment": 0.2, "replay_buffer_size": 12, "batch_size": 4},
+               "ratio_increment": 0.1, "replay_buffer_size": 12, "batch_size": 4},
     "dev": {"metric": "loss", "every": 3},
 }  # fmt: skip
 
@@ -91,13 +91,15 @@ def test_all_ranks_take_rank_0s_choice_and_a_share_lambda_of_steps_is_on_policy(
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / len(first)) ** 0.5
 
 
-def test_phi_rises_when_the_dev_loss_is_above_that_of_the_last_raise(tmp_path: Path) -> None:
+def test_phi_rises_when_the_dev_loss_is_above_its_lowest_since_the_last_raise(
+    tmp_path: Path,
+) -> None:
     policy = _policy(tmp_path, mode="adaptive", loss_tolerance=0.1, ratio_increment=0.4)
     ratios = []
-    for loss in (2.0, 1.5, 2.09, 2.2, 2.25, 2.4, 9.0):
+    for loss in (2.0, 1.5, 1.59, 1.61, 1.65, 1.72, 1.2, 1.31):
         policy.record_dev_loss(loss)
         ratios.append(policy.state.ratio)
-    assert ratios == pytest.approx([0, 0, 0, 0.4, 0.4, 0.8, 1.0])
+    assert ratios == pytest.approx([0, 0, 0, 0.4, 0.4, 0.8, 0.8, 1.0])
 
 
 # ----------------------------------------------------------------------------------- replay buffer
@@ -230,7 +232,7 @@ def test_ranks_that_hold_other_answers_compare_other_rows() -> None:
         assert one != two
 
 
-# ------------------------------------------------------------------------------------ whole trainings
+# ---------------------------------------------------------------------------------- whole trainings
 
 
 @pytest.fixture(scope="module")
@@ -254,16 +256,19 @@ def test_steps_on_the_students_answers_use_the_divergence_alone(adaptive: RunDir
             assert row["kd_ratio"] == 1.0 and row["loss"] == row["kd_loss"]
         else:
             assert row["kd_ratio"] == stages[row["stage"]].kd_ratio
-        assert row["mean_answer_tokens"] * 8 == pytest.approx(row["num_tokens"])
+        num_rows = row["num_tokens"] / row["mean_answer_tokens"]
+        assert num_rows == pytest.approx(round(num_rows)) and num_rows < 8.5
 
 
 def test_phi_follows_the_dev_loss_and_is_told(adaptive: RunDirectory) -> None:
     rows = [row for row in read_json_lines(adaptive.metrics) if row["kind"] == "dev"]
-    ratio, mark = 0.7, rows[0]["dev_loss"]
+    ratio, lowest = 0.7, rows[0]["dev_loss"]
     for row in rows[1:]:
-        if row["dev_loss"] >= mark:
-            ratio, mark = min(1.0, ratio + 0.2), row["dev_loss"]
+        if row["dev_loss"] >= lowest:
+            ratio, lowest = min(1.0, ratio + 0.1), row["dev_loss"]
+        lowest = min(lowest, row["dev_loss"])
         assert row["on_policy_ratio"] == pytest.approx(ratio)
+    assert 0.7 < ratio < 1.0
 
 
 def _distill_signalled(path: str, at_call: int) -> None:
@@ -350,7 +355,7 @@ def test_the_first_on_policy_loss_is_that_of_plain_torch_in_float64(
             torch.log_softmax(model(ids).logits[0, at, : len(tokenizer)] / 1.7, -1)
             for model in (teacher, student)
         )
-        total, count = total + float((p.exp() * (p - q)).sum()) * 1.7**2, count + len(answer)
+        total, count = total + (p.exp() * (p - q)).sum().item() * 1.7**2, count + len(answer)
     assert row["num_tokens"] == count and row["kd_ratio"] == 1.0
     assert row["loss"] == pytest.approx(total / count, rel=1e-5)
 
@@ -363,7 +368,7 @@ def encode_all(config: Config, tokenizer: object) -> dict[str, EncodedExample]:
 
 
 def write_stopping_student(folder: Path) -> Path:
-    """Writes a student that ends its answer at once after the token " stop" and never else.
+    """Writes a student that ends its answer at once after the token "!" and never else.
 
     Its layers add nothing, so the next token depends on the last one alone: the first coordinate
     of an embedding is that of eos in the head.
@@ -380,7 +385,7 @@ def write_stopping_student(folder: Path) -> Path:
         model.model.embed_tokens.weight[ending, 0] = 2.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[ending] = 0.0
-        model.lm_head.weight[ending, 0] = -20.0  # unlikely inside of an answer
+        model.lm_head.weight[ending, 0] = 10.0  # after another token as unlikely as eos
         model.lm_head.weight[tokenizer.eos_token_id] = 0.0
         model.lm_head.weight[tokenizer.eos_token_id, 0] = 20.0
     model.save_pretrained(folder)
@@ -391,8 +396,11 @@ def test_two_zero_3_ranks_whose_answers_differ_much_in_length_do_not_hang(
     tiny_pair: Pair, tmp_path: Path
 ) -> None:
     student = write_stopping_student(tmp_path / "student")
-    lines = [f'{{"id": "r{i}", "prompt": "a{"!" if i % 2 else " cat sat on"}", "response": "x"}}'
-             for i in range(8)]  # fmt: skip
+    prompts = [f"a{'!' if index % 2 else ' cat sat on'}" for index in range(8)]
+    lines = [
+        json.dumps({"id": f"r{index}", "prompt": prompt, "response": "x"})
+        for index, prompt in enumerate(prompts)
+    ]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(lines) + "\n")
     path = write_config(
@@ -455,9 +463,4 @@ def test_the_policy_is_part_of_what_a_resumed_run_must_share(tmp_path: Path) -> 
 
     path = write_config(tmp_path, Path("t"), Path("s"), Path("r"), policy={"mode": "on"})
     keys = select_keys(load_config([path]), RESULT_KEYS)
-    assert {f"policy.{name}" for name in asdict_of(PolicyConfig())} <= set(keys)
-    assert yaml.safe_load(path.read_text())["policy"] == {"mode": "on"}
-
-
-def asdict_of(policy: PolicyConfig) -> dict[str, object]:
-    return policy.model_dump()
+    assert {f"policy.{name}" for name in PolicyConfig.model_fields} <= set(keys)

@@ -75,7 +75,7 @@ class PolicyConfig(Section):
     ratio_increment: Fraction = 0.1
     """`adaptive`: phi grows by this when the dev loss has risen."""
     loss_tolerance: Annotated[float, Field(ge=0)] = 0.1
-    """`adaptive`: a rise of the dev loss below this does not count, nats."""
+    """`adaptive`: a dev loss that rises by less than this does not count; nats per token."""
     replay_buffer_size: Annotated[int, Field(ge=1)] = 1000
     """`adaptive`: the student's latest answers that are kept to be trained on again."""
 

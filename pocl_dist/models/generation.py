@@ -62,8 +62,7 @@ def _generated(
     """
     settings = sampling.to_generation_config(tokenizer)
     if sampling.do_sample:  # padding rows of the embedding have logits too, but are no tokens
-        num_rows = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        phantoms = list(range(len(tokenizer), num_rows))
+        phantoms = list(range(len(tokenizer), model.config.get_text_config().vocab_size))
         settings.suppress_tokens = phantoms or None
     # generate() fills what is unset from here: a model's own repetition penalty would slip in.
     model.generation_config = settings

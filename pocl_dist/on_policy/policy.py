@@ -10,9 +10,11 @@ probability of the student's answers, step t of T and one u per step:
     u < phi * (1 - t/T), or u < phi while the buffer is not full: new answers, which it keeps;
     u < phi otherwise: a batch drawn from the buffer (off-policy);
     else the references.
-phi starts at `initial_ratio`. A dev loss that is `loss_tolerance` or more above that of the last
-raise (at first: of the student before training) raises it by `ratio_increment`, to 1 at most. T
-counts the steps of all stages; neither phi nor the buffer starts anew at a stage.
+phi starts at `initial_ratio`. A dev loss that is `loss_tolerance` or more above the lowest since
+the last raise raises it by `ratio_increment`, to 1 at most. (The released code compares with the
+loss at the last raise, at first with that before training: one that falls and then rises would have
+to climb all the way back before it counts.) T counts the steps of all stages; neither phi nor the
+buffer starts anew at a stage.
 
 u is a function of (seed, step), not of the rank; rank 0 decides and all take what they receive.
 """
@@ -49,7 +51,7 @@ class PolicyState:
     """All that the next decision depends on besides the step; a checkpoint keeps it."""
 
     ratio: float  # phi of `adaptive`
-    dev_loss: float | None = None  # that `adaptive` compares the next one with
+    dev_loss: float | None = None  # the lowest since the last raise, or that of the raise
     num_student_steps: int = 0
     num_replay_steps: int = 0
     num_answers: int = 0  # that the student gave
@@ -118,7 +120,7 @@ class OnPolicy:
     def record_dev_loss(self, value: float) -> None:
         """Takes in a dev loss (same on all ranks); phi may rise."""
         policy, state = self.config.policy, self.state
-        if state.dev_loss is None:
+        if state.dev_loss is None or value < state.dev_loss:
             state.dev_loss = value
         elif value >= state.dev_loss + policy.loss_tolerance:
             state.ratio = min(1.0, state.ratio + policy.ratio_increment)
