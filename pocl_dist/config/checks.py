@@ -96,12 +96,31 @@ def _check_data(config: Config) -> None:
         raise ConfigError("export.select: 'best_dev' needs data.dev")
 
 
+def _check_teacher(config: Config) -> None:
+    source = config.teacher.source
+    if source == "online":
+        return
+    if config.models.teacher is None:
+        raise ConfigError(f"teacher.source: {source!r} needs models.teacher")
+    if config.policy.mode != "off":
+        raise ConfigError(
+            f"teacher.source: {source!r} holds answers to the data set's rows only; policy.mode "
+            f"{config.policy.mode!r} trains on the student's own: use teacher.source: online"
+        )
+    if config.teacher.cache_engine == "zero3" and config.teacher.devices_per_actor > 1:
+        raise ConfigError(
+            "teacher.devices_per_actor: is for teacher.cache_engine: ray; under zero3 the teacher "
+            "is partitioned over all ranks"
+        )
+
+
 def check_config(config: Config) -> None:
     """Raises ConfigError (64) for keys that contradict each other."""
     curriculum = config.curriculum
     _check_models(config)
     _check_data(config)
     _check_engine(config)
+    _check_teacher(config)
     _check_schedule(
         "curriculum.temperature", curriculum.temperature, curriculum.num_stages, 1e-3, 1e3
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from pocl_dist.config import Config, select_keys
+from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Coordinator, Progress
 from pocl_dist.distributed.checkpoint import (
     WEIGHTS,
@@ -29,12 +29,13 @@ from pocl_dist.models.loading import (
     tokenizer_digest,
 )
 from pocl_dist.models.sources import model_digest
+from pocl_dist.pipeline.cache_inputs import cached_teacher
 from pocl_dist.pipeline.export import PREFIX
 from pocl_dist.pipeline.inputs import (
-    RESULT_KEYS,
     make_encoder,
     read_dev,
     read_train,
+    result_inputs,
     student_source,
     teacher_source,
 )
@@ -148,9 +149,12 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
     if checkpoint is not None:
         coordinator.progress = Progress(**checkpoint.state)  # type: ignore[arg-type]
-    engine = _student_engine(config, rank, student, tokenizer, checkpoint)
+    encoded = _encode_all(rows.examples, tokenizer, config, "train", rank)
     teacher: Teacher | None = None
-    if teacher_folder is not None:
+    if teacher_folder is not None and config.teacher.source != "online":
+        teacher = cached_teacher(config, run, rank, teacher_folder, rows, plan, encoded)
+    engine = _student_engine(config, rank, student, tokenizer, checkpoint)
+    if teacher_folder is not None and config.teacher.source == "online":
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
     resume_step = -1 if checkpoint is None else checkpoint.step
@@ -173,7 +177,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         run=run,
         rank=rank,
         plan=plan,
-        encoded=_encode_all(rows.examples, tokenizer, config, "train", rank),
+        encoded=encoded,
         dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples]
         if dev
         else [],
@@ -197,7 +201,7 @@ def _inputs(
 ) -> dict[str, JSONValue]:
     stages = [stage.to_json() for stage in plan.stages]
     return {
-        **select_keys(config, RESULT_KEYS),
+        **result_inputs(config),
         "digest.data": data_digest,
         "digest.plan": digest_of(cast("JSONValue", [list(plan.ranking), stages])),
         "digest.student": model_digest(student),
