@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -99,13 +100,13 @@ def direct_logits(teacher: Path, example: EncodedExample, num_tokens: int) -> to
 
 
 class DiesOnce(CacheWorker):
-    """A worker whose process ends the first time that it is given the first shard."""
+    """A worker whose process ends once, between a shard's tensors and the JSON beside them."""
 
     def cache(self, shard: CacheShard) -> CacheEntry:
-        """Dies after the tensors, or does what a worker does."""
+        """Dies, or does what a worker does."""
         marker = self.settings.content.folder.parent / "died"
         entry = super().cache(shard)
-        if shard.index == 0 and not marker.exists():
+        if not marker.exists():
             marker.touch()
             (self.settings.content.folder / f"{shard.name}.json").unlink()
             os._exit(9)
@@ -113,27 +114,31 @@ class DiesOnce(CacheWorker):
 
 
 class AsksToStop(CacheWorker):
-    """A worker that touches the stop file once its first shard is written."""
+    """A worker that touches the stop file once the first shard is written."""
 
     def cache(self, shard: CacheShard) -> CacheEntry:
         """Does what a worker does, and asks."""
         entry = super().cache(shard)
-        stop = self.settings.content.folder.parent / "control" / "stop"
-        stop.parent.mkdir(exist_ok=True)
-        stop.touch()
+        if shard.index == 0:
+            stop = self.settings.content.folder.parent / "control" / "stop"
+            stop.parent.mkdir(exist_ok=True)
+            stop.touch()
         return entry
 
 
 class NotesItsGPUs(CacheWorker):
-    """A worker that writes down which GPUs Ray gave it."""
+    """A worker that writes down which GPUs Ray gave it, and waits until another one did so too."""
 
     def start(self) -> str:
         """Does what a worker does, and notes."""
         import ray
 
         gpus = sorted(map(int, ray.get_gpu_ids()))
-        file = self.settings.content.folder.parent / f"gpus-{os.getpid()}"
-        file.write_text(" ".join(map(str, gpus)))
+        folder = self.settings.content.folder.parent
+        (folder / f"gpus-{os.getpid()}").write_text(" ".join(map(str, gpus)))
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("gpus-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
         return super().start()
 
 

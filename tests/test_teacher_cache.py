@@ -26,9 +26,9 @@ from pocl_dist.errors import (
 from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline import cache as cache_step
-from pocl_dist.pipeline.cache import cache, prepare
+from pocl_dist.pipeline.cache import cache, missing_shards, prepare, remove_damage
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.records import EncodedExample, LMHead
+from pocl_dist.records import EncodedExample, LMHead, TeacherTopK
 from pocl_dist.teacher import cache_worker
 from pocl_dist.teacher.cache import read_head
 from pocl_dist.teacher.cache_work import make_cache_shards
@@ -82,9 +82,12 @@ def hidden(
 def top_k(
     tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory, ray_of_module: None
 ) -> tuple[Path, RunDirectory]:
-    """Returns (config, run directory) of 40 tokens per position that two actors have cached."""
-    path = write_cache_config(tmp_path_factory.mktemp("top_k"), tiny_pair, teacher=TOP_K)
-    return path, cached(path)
+    """Returns (config, run directory) of 40 tokens per position, by two actors of two GPUs each."""
+    teacher = {**TOP_K, "devices_per_actor": 2}
+    path = write_cache_config(tmp_path_factory.mktemp("top_k"), tiny_pair, teacher=teacher)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_worker, "CacheWorker", caching.NotesItsGPUs)
+        return path, cached(path)
 
 
 def examples_of(path: Path) -> tuple[EncodedExample, ...]:
@@ -129,8 +132,6 @@ def test_top_k_and_tail_give_the_distribution_at_every_temperature(
         expected_NV = even_NV.scatter(1, kept_NK, p_NV.gather(1, kept_NK)) ** (1 / temperature)
         expected_NV /= expected_NV.sum(1, keepdim=True)
         row = rows[example.example_id]
-        from pocl_dist.records import TeacherTopK
-
         cut = TeacherTopK(row["token_ids_NK"], row["logprobs_NK"], row["log_tail_N"])
         found_NV = spread_logprobs(cut, num_tokens, temperature).exp().double()
         torch.testing.assert_close(found_NV, expected_NV, rtol=1e-4, atol=1e-7)
@@ -194,51 +195,39 @@ def test_a_damaged_shard_is_found_by_its_hash_and_computed_again(
     )
 
 
-def test_a_head_that_is_gone_is_written_again(
+def test_a_head_that_is_gone_is_written_with_the_cheapest_shard(
     hidden: tuple[Path, RunDirectory], tmp_path: Path
 ) -> None:
     path, whole = hidden
     run = copy_of(whole, tmp_path / "run")
-    (run.teacher_cache / "head.safetensors").unlink()
-    cached(path, f"run_dir={run.root}")
-    found, expected = (
-        read_head(r.teacher_cache, torch.device("cpu")).weight_VH for r in (run, whole)
-    )
-    assert torch.equal(found, expected)
+    (run.teacher_cache / "head.json").unlink()
+    config = load_config([path], [f"run_dir={run.root}"])
+    remove_damage(run)
+    assert not (run.teacher_cache / "head.safetensors").exists()
+    missing = missing_shards(config, run, prepare(config, run))
+    assert [shard.index for shard in missing] == [5]
 
 
-def test_a_stopped_pass_goes_on_with_what_is_missing(
-    hidden: tuple[Path, RunDirectory],
-    tiny_pair: Pair,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = write_cache_config(tmp_path, tiny_pair, ray={"num_actors": 1})
-    config, run = planned(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_worker, "CacheWorker", caching.AsksToStop)
-        with pytest.raises(StoppedError, match="the same command goes on"):
-            cache(config, run)
-    run.stop_file.unlink()
-    finished = {file: file.stat().st_mtime_ns for file in run.teacher_cache.glob("shard-*.json")}
-    assert 0 < len(finished) < 6 and not (run.teacher_cache / "summary.json").exists()
-    cached(path)
-    assert all(file.stat().st_mtime_ns == time for file, time in finished.items())
-    assert_same_content(hidden[1], run)
-
-
-def test_an_actor_that_is_killed_changes_nothing(
+def test_a_stopped_pass_goes_on_and_an_actor_that_is_killed_changes_nothing(
     hidden: tuple[Path, RunDirectory],
     tiny_pair: Pair,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = write_cache_config(tmp_path, tiny_pair, ray={"shard_size": 9})
+    path = write_cache_config(tmp_path, tiny_pair, ray={"num_actors": 1})
+    config, run = planned(path)
+    monkeypatch.setattr(cache_worker, "CacheWorker", caching.AsksToStop)
+    with pytest.raises(StoppedError, match="the same command goes on"):
+        cache(config, run)
+    run.stop_file.unlink()
+    finished = {file: file.stat().st_mtime_ns for file in run.teacher_cache.glob("shard-*.json")}
+    assert 0 < len(finished) < 6 and not (run.teacher_cache / "summary.json").exists()
     monkeypatch.setattr(cache_worker, "CacheWorker", caching.DiesOnce)
-    run = cached(path)
+    cached(path)
     assert (run.root / "died").exists()
     assert "its actor died, attempt 1 of 3; trying again" in capsys.readouterr().out
+    assert all(file.stat().st_mtime_ns == time for file, time in finished.items())
     assert_same_content(hidden[1], run)
 
 
@@ -269,18 +258,9 @@ def test_two_ranks_with_a_partitioned_teacher_cache_what_actors_do(
             torch.testing.assert_close(logprobs, row["logprobs_NK"], rtol=2e-5, atol=2e-5)
 
 
-def test_two_actors_take_two_gpus_each_and_spread_the_teacher_over_what_is_there(
-    hidden: tuple[Path, RunDirectory],
-    tiny_pair: Pair,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = write_cache_config(tmp_path, tiny_pair, teacher={"devices_per_actor": 2})
-    monkeypatch.setattr(cache_worker, "CacheWorker", caching.NotesItsGPUs)
-    run = cached(path)
-    gpus = sorted(file.read_text() for file in run.root.glob("gpus-*"))
+def test_two_actors_take_two_gpus_each(top_k: tuple[Path, RunDirectory]) -> None:
+    gpus = sorted(file.read_text() for file in top_k[1].root.glob("gpus-*"))
     assert gpus == ["0 1", "2 3"]
-    assert_same_content(hidden[1], run)
 
 
 def test_a_teacher_in_two_places_answers_alike_and_one_without_a_place_is_refused(
@@ -321,7 +301,7 @@ def test_without_that_many_gpus_an_actor_of_several_is_refused() -> None:
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
-        ({"data": {"template": "alpaca", "max_prompt_tokens": 60}}, r"data\.template"),
+        ({"data": {"template": "{prompt} ="}}, r"data\.template: it was made with 'short'"),
         ({"data": {"max_prompt_tokens": 20}}, r"data\.max_prompt_tokens: it was made with 48"),
         ({"engine": {"dtype": "bf16"}}, r"engine\.dtype: it was made with None, now 'bf16'"),
         ({"teacher": {"source": "cache_topk", "top_k": 9}}, r"teacher\.source"),
@@ -381,17 +361,15 @@ def test_more_tokens_than_the_vocabulary_has_are_refused(tiny_pair: Pair, tmp_pa
 
 
 def test_a_truncation_error_above_the_bound_is_refused_with_what_helps(
-    tiny_pair: Pair, tmp_path: Path, ray_of_module: None
+    top_k: tuple[Path, RunDirectory], tmp_path: Path
 ) -> None:
-    teacher = {**TOP_K, "top_k": 2, "max_truncation_error": 0.05}
-    config, run = planned(write_cache_config(tmp_path, tiny_pair, teacher=teacher))
-    with pytest.raises(ConfigError, match=r"teacher\.top_k: 2 .* Raise top_k .* cache_hidden"):
-        cache(config, run)
-    assert not (run.teacher_cache / "summary.json").exists()
-    # The bound is no part of the cache: with a higher one it is finished.
-    config, run = planned(Path(tmp_path / "config.yaml"), "teacher.max_truncation_error=1.0")
-    cache(config, run)
-    assert (run.teacher_cache / "summary.json").exists()
+    """The bound is no part of the cache: with a higher one it is finished."""
+    path, run = top_k
+    summary = json.loads((run.teacher_cache / "summary.json").read_text())
+    worst = max(summary["truncation_error"].values())
+    cached(path, f"teacher.max_truncation_error={worst * 1.01}")
+    with pytest.raises(ConfigError, match=r"teacher\.top_k: 40 .* Raise top_k .* cache_hidden"):
+        cached(path, f"teacher.max_truncation_error={worst * 0.99}")
 
 
 def test_without_a_plan_the_cache_asks_for_one(tiny_pair: Pair, tmp_path: Path) -> None:

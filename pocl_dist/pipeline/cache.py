@@ -15,7 +15,12 @@ from pocl_dist.config import Config
 from pocl_dist.errors import ConfigError, MissingInputError, StorageError
 from pocl_dist.files import JSONValue, atomic_write_json, free_bytes
 from pocl_dist.models.sources import ModelFolder
-from pocl_dist.pipeline.cache_inputs import cache_inputs, plan_temperatures, planned_examples
+from pocl_dist.pipeline.cache_inputs import (
+    cache_inputs,
+    check_truncation,
+    plan_temperatures,
+    planned_examples,
+)
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source, teacher_source
 from pocl_dist.pipeline.launch_local import is_distilled, launch_ranks
 from pocl_dist.pipeline.plan import read_plan
@@ -214,7 +219,7 @@ def _let_actors_answer(
                 )
             entries.append(entry)
             # What is still missing can only add to the sum: no need to wait for the verdict.
-            _check_truncation(config, run, truncation_errors(entries, num_labels))
+            check_truncation(config, run, truncation_errors(entries, num_labels))
 
 
 def truncation_errors(entries: Sequence[CacheEntry], num_labels: int) -> dict[str, float]:
@@ -226,19 +231,6 @@ def truncation_errors(entries: Sequence[CacheEntry], num_labels: int) -> dict[st
     return {key: math.fsum(values) / num_labels for key, values in sorted(sums.items())}
 
 
-def _check_truncation(config: Config, run: RunDirectory, errors: dict[str, float]) -> None:
-    """Raises ConfigError (64) when top-k is too far from the teacher at some temperature."""
-    bound = config.teacher.max_truncation_error
-    worst = max(errors, key=lambda key: errors[key], default=None)
-    if worst is not None and errors[worst] > bound:
-        raise ConfigError(
-            f"teacher.top_k: {config.teacher.top_k} tokens are too few: at temperature {worst} "
-            f"the mean total variation to the teacher is {errors[worst]:.4f} or more, above "
-            f"teacher.max_truncation_error {bound:g}. Raise top_k (and remove "
-            f"{run.teacher_cache}), raise the bound, or use teacher.source: cache_hidden (exact)"
-        )
-
-
 def summarise(config: Config, run: RunDirectory, seconds: float, is_main: bool = True) -> None:
     """Writes `summary.json` and prints it; raises ConfigError (64) as `_check_truncation` does.
 
@@ -248,7 +240,7 @@ def summarise(config: Config, run: RunDirectory, seconds: float, is_main: bool =
     entries = read_shards(folder)
     num_labels = sum(entry.num_labels for entry in entries)
     errors = truncation_errors(entries, num_labels)
-    _check_truncation(config, run, errors)
+    check_truncation(config, run, errors)
     if not is_main:
         return
     is_top_k = config.teacher.source == "cache_topk"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pocl_dist.config import Config, select_keys
 from pocl_dist.data.sources import Rows
-from pocl_dist.errors import MissingInputError
-from pocl_dist.files import JSONValue, digest_of
+from pocl_dist.errors import ConfigError, MissingInputError
+from pocl_dist.files import JSONValue, digest_of, read_json
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.difficulty_files import model_inputs
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
@@ -61,6 +61,22 @@ def cache_inputs(
     return inputs
 
 
+def check_truncation(config: Config, run: RunDirectory, errors: Mapping[str, float]) -> None:
+    """Raises ConfigError (64) when top-k is too far from the teacher at some temperature.
+
+    `errors`: {temperature: mean total variation over the label tokens}.
+    """
+    bound = config.teacher.max_truncation_error
+    worst = max(errors, key=lambda key: errors[key], default=None)
+    if worst is not None and errors[worst] > bound:
+        raise ConfigError(
+            f"teacher.top_k: {config.teacher.top_k} tokens are too few: at temperature {worst} "
+            f"the mean total variation to the teacher is {errors[worst]:.4f} or more, above "
+            f"teacher.max_truncation_error {bound:g}. Raise top_k (and remove "
+            f"{run.teacher_cache}), raise the bound, or use teacher.source: cache_hidden (exact)"
+        )
+
+
 def cached_teacher(
     config: Config,
     run: RunDirectory,
@@ -73,7 +89,7 @@ def cached_teacher(
     """Returns the teacher as its cache answers for it. Collective.
 
     Raises MissingInputError (66) when there is no finished cache, MismatchError (78) when it was
-    made from other inputs or is damaged.
+    made from other inputs or is damaged, ConfigError (64) when top-k cuts off too much.
     """
     from pocl_dist.distributed.process_group import torch_dtype
     from pocl_dist.teacher.cache import CachedTeacher
@@ -86,6 +102,8 @@ def cached_teacher(
             f"teacher.source: {config.teacher.source!r}: {run.teacher_cache} holds no finished "
             "cache: run `pocl-dist cache` first"
         )
+    summary = read_json(run.teacher_cache / "summary.json")
+    check_truncation(config, run, cast("dict[str, float]", summary["truncation_error"] or {}))
     return CachedTeacher(
         run.teacher_cache,
         examples,
