@@ -3,7 +3,7 @@
     python benchmarks/bench_schedule.py [--data FILE] [--rows 48] [--visits 5] --json
 
 SmolLM2-135M-Instruct and 8 of its 30 layers, `configs/smollm2_cpu.yaml` as it is shipped (two
-ranks, ZeRO-3), rows in random order (the order costs nothing here). Each side is one `pocl-dist run`
+ranks, ZeRO-3), rows in random order (the order costs nothing here). Each side is a `pocl-dist run`
 in processes of its own, timed from its start to its end: imports, loading, export, and for the
 cached side the time to build the cache. Converting the teacher and cutting the student come first
 and warm the disk up; their time is in neither side. The losses of both sides must agree.
@@ -65,7 +65,7 @@ def step_rows(path: Path) -> list[dict[str, float]]:
 
 
 def pocl_dist(command: str, words: list[str], log: Path, metrics: Path) -> list[float]:
-    """Runs a command; returns the times at which it was started, its steps came in, and it ended."""
+    """Runs a command; returns when it was started, when each step came in, and when it ended."""
     full = [sys.executable, "-m", "pocl_dist", command, str(CONFIG), *words]
     environment = {
         **os.environ,

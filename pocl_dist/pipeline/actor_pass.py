@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from pocl_dist.config import Config
@@ -71,10 +71,11 @@ def work_off(
     shards: Mapping[str, ShardT],
     progress: RowProgress,
     gpus_per_actor: int = 1,
-) -> Iterator[tuple[str, object]]:
+) -> Generator[tuple[str, object], None, None]:
     """Yields (shard name, result of the worker's `method`) as shards finish. Needs a `ray_session`.
 
     Raises StoppedError (75) within seconds of a request; shards that are at work are given up.
+    Closing it ends the actors.
     """
 
     _take_signals(stop)  # again: `ray.init` has put handlers of its own in place, which abort

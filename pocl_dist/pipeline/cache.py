@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from pocl_dist.files import JSONValue, atomic_write_json, free_bytes
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.cache_inputs import (
     cache_inputs,
+    check_top_k,
     check_truncation,
     plan_temperatures,
     planned_examples,
@@ -110,10 +112,7 @@ def prepare(config: Config, run: RunDirectory) -> CacheJob:
     tokenizer = load_tokenizer(student)
     check_same_tokenizer(load_tokenizer(teacher), tokenizer)
     top_k = config.teacher.top_k if source == "cache_topk" else None
-    if top_k is not None and top_k > len(tokenizer):
-        raise ConfigError(
-            f"teacher.top_k: {top_k} is more than the {len(tokenizer)} tokens of the vocabulary"
-        )
+    check_top_k(config, len(tokenizer))
     encoder = make_encoder(config, tokenizer)
     encoded = {example.example_id: encoder.encode(example) for example in rows.examples}
     examples = planned_examples(plan, encoded)
@@ -207,10 +206,15 @@ def _let_actors_answer(
     gpus, settings = config.teacher.devices_per_actor, job.settings
     num_labels = sum(example.num_response_tokens for example in job.examples)
     entries = read_shards(run.teacher_cache)
-    with stop_request(run) as stop, ray_session(config.ray):
-        for name, entry in work_off(
-            config, stop, CacheWorker, settings, "cache", shards, progress, gpus
-        ):
+    with (
+        stop_request(run) as stop,
+        ray_session(config.ray),
+        # Closed before Ray is, also when a result is refused.
+        closing(
+            work_off(config, stop, CacheWorker, settings, "cache", shards, progress, gpus)
+        ) as results,
+    ):
+        for name, entry in results:
             assert isinstance(entry, CacheEntry)
             if not tensor_file(run.teacher_cache, name).exists():
                 raise StorageError(

@@ -61,6 +61,15 @@ def cache_inputs(
     return inputs
 
 
+def check_top_k(config: Config, num_real_tokens: int) -> None:
+    """Raises ConfigError (64) when more tokens are to be kept than the tokenizer has."""
+    if config.teacher.source == "cache_topk" and config.teacher.top_k > num_real_tokens:
+        raise ConfigError(
+            f"teacher.top_k: {config.teacher.top_k} is more than the {num_real_tokens} tokens "
+            "of the vocabulary"
+        )
+
+
 def check_truncation(config: Config, run: RunDirectory, errors: Mapping[str, float]) -> None:
     """Raises ConfigError (64) when top-k is too far from the teacher at some temperature.
 
