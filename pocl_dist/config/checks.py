@@ -102,11 +102,6 @@ def _check_teacher(config: Config) -> None:
         return
     if config.models.teacher is None:
         raise ConfigError(f"teacher.source: {source!r} needs models.teacher")
-    if config.policy.mode != "off":
-        raise ConfigError(
-            f"teacher.source: {source!r} holds answers to the data set's rows only; policy.mode "
-            f"{config.policy.mode!r} trains on the student's own: use teacher.source: online"
-        )
     if config.teacher.cache_engine == "zero3" and config.teacher.devices_per_actor > 1:
         raise ConfigError(
             "teacher.devices_per_actor: is for teacher.cache_engine: ray; under zero3 the teacher "
