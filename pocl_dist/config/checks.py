@@ -47,6 +47,19 @@ def _check_models(config: Config) -> None:
             )
 
 
+def _check_teacher(config: Config) -> None:
+    source = config.teacher.source
+    if source == "online":
+        return
+    if config.models.teacher is None:
+        raise ConfigError(f"teacher.source: {source!r} needs models.teacher")
+    if config.teacher.cache_engine == "zero3" and config.teacher.devices_per_actor > 1:
+        raise ConfigError(
+            "teacher.devices_per_actor: is for teacher.cache_engine: ray; under zero3 the teacher "
+            "is partitioned over all ranks"
+        )
+
+
 def _check_engine(config: Config) -> None:
     engine = config.engine
     if engine.world_size is not None and engine.global_batch_size % engine.world_size:
@@ -96,26 +109,13 @@ def _check_data(config: Config) -> None:
         raise ConfigError("export.select: 'best_dev' needs data.dev")
 
 
-def _check_teacher(config: Config) -> None:
-    source = config.teacher.source
-    if source == "online":
-        return
-    if config.models.teacher is None:
-        raise ConfigError(f"teacher.source: {source!r} needs models.teacher")
-    if config.teacher.cache_engine == "zero3" and config.teacher.devices_per_actor > 1:
-        raise ConfigError(
-            "teacher.devices_per_actor: is for teacher.cache_engine: ray; under zero3 the teacher "
-            "is partitioned over all ranks"
-        )
-
-
 def check_config(config: Config) -> None:
     """Raises ConfigError (64) for keys that contradict each other."""
     curriculum = config.curriculum
     _check_models(config)
+    _check_teacher(config)
     _check_data(config)
     _check_engine(config)
-    _check_teacher(config)
     _check_schedule(
         "curriculum.temperature", curriculum.temperature, curriculum.num_stages, 1e-3, 1e3
     )
