@@ -94,8 +94,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def label_hidden(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Returns the hidden states (N, H) of the batch's labelled positions, row by row."""
-    hidden_BTH = hidden_states(backbone_module(model), batch.input_ids_BT, batch.attention_mask_BT)
+    """Returns the hidden states (N, H) of the batch's labelled positions, row by row.
+
+    No mask: rows are padded on the right, where causal attention never looks.
+    """
+    hidden_BTH = hidden_states(backbone_module(model), batch.input_ids_BT, None)  # type: ignore[arg-type]
     return hidden_BTH[(batch.labels_BT != IGNORE_INDEX).to(hidden_BTH.device)]
 
 
