@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Starts the distill step on this machine with the deepspeed launcher, one process per rank.
+# Starts the distill step (or another one of ranks) on this machine with the deepspeed launcher, one process per rank.
 #
 #   NUM_RANKS=2 launch/local.sh CONFIG.yaml [MORE.yaml ...] [section.key=value ...]
 #
 # NUM_RANKS     ranks (default: one per GPU, or 1)
 # MASTER_PORT   rendezvous port on 127.0.0.1 (default: a free one)
+# STEP          distill, or cache with teacher.cache_engine: zero3 (default: distill)
 # PYTHON        interpreter of the environment pocl_dist is installed in (default: python)
 #
 # The exit code is that of the first rank that failed; RUN/status.json has it too.
@@ -28,4 +29,4 @@ fi
 
 exec "$PYTHON" -m deepspeed.launcher.runner \
     --hostfile /dev/null --log_level critical --num_gpus "$NUM_RANKS" --master_addr 127.0.0.1 --master_port "$MASTER_PORT" \
-    --no_local_rank --module pocl_dist distill "$@"
+    --no_local_rank --module pocl_dist "${STEP:-distill}" "$@"

@@ -35,6 +35,7 @@ CONFIG_COMMANDS = {
     "(models.student.init_layers)",
     "measure": "score every training row with the student before training (Ray)",
     "plan": "rank the rows, cut the stages, set temperature and KD ratio",
+    "cache": "let the teacher answer every training row once (teacher.source: cache_*)",
     "distill": "train the student as planned (DeepSpeed) and export it",
     "evaluate": "answer the test sets with the export; ROUGE-L and exact match (Ray)",
     "report": "sum the run up in report.json",
@@ -46,6 +47,8 @@ STEP_FUNCTIONS = {
     "init-student": ("init_student", "init_student"),
     "measure": ("measure", "measure"),
     "plan": ("plan", "make_plan"),
+    "cache": ("cache", "cache"),
+    "cache-rank": ("cache_rank", "cache_rank"),
     "distill": ("launch_local", "run_ranks"),
     "distill-rank": ("distill", "distill_rank"),
     "evaluate": ("evaluate", "evaluate"),
@@ -87,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], object]:
     """Returns the function of a config command; `is_rank`: a launcher started this process."""
-    name = "distill-rank" if is_rank and command == "distill" else command
+    name = f"{command}-rank" if is_rank and f"{command}-rank" in STEP_FUNCTIONS else command
     module, function = STEP_FUNCTIONS[name]
     step: Callable[[Config, RunDirectory], object] = getattr(
         import_module(f"pocl_dist.pipeline.{module}"), function
@@ -106,9 +109,15 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     config = load_config(files, [word for word in words if is_override(word)])
     run = RunDirectory(Path(config.run_dir))
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if is_rank and command != "distill":
+    is_ranks_work = command == "distill" or (
+        command == "cache" and config.teacher.cache_engine == "zero3"
+    )
+    if is_rank and not is_ranks_work:
         if int(os.environ["WORLD_SIZE"]) > 1:
-            raise UsageError(f"{command} is one process; a launcher starts `distill` only")
+            raise UsageError(
+                f"{command} is one process; a launcher starts `distill`, "
+                "and `cache` with teacher.cache_engine: zero3"
+            )
         is_rank = False
     step = _step_of(command, is_rank)
     # Ranks that `run` or `distill` started work under the lock, config and manifest of that

@@ -73,6 +73,19 @@ def _check_policy(config: Config) -> None:
         )
 
 
+def _check_teacher(config: Config) -> None:
+    source = config.teacher.source
+    if source == "online":
+        return
+    if config.models.teacher is None:
+        raise ConfigError(f"teacher.source: {source!r} needs models.teacher")
+    if config.teacher.cache_engine == "zero3" and config.teacher.devices_per_actor > 1:
+        raise ConfigError(
+            "teacher.devices_per_actor: is for teacher.cache_engine: ray; under zero3 the teacher "
+            "is partitioned over all ranks"
+        )
+
+
 def _check_engine(config: Config) -> None:
     engine = config.engine
     if engine.world_size is not None and engine.global_batch_size % engine.world_size:
@@ -135,6 +148,7 @@ def check_config(config: Config) -> None:
     curriculum = config.curriculum
     _check_models(config)
     _check_policy(config)
+    _check_teacher(config)
     _check_data(config)
     _check_engine(config)
     _check_full_logits(config)

@@ -48,8 +48,18 @@ class OptimizerConfig(Section):
 class TeacherConfig(Section):
     """How the teacher is run."""
 
-    source: Literal["online"] = "online"
-    """The teacher runs beside the student, in a ZeRO-3 engine of its own."""
+    source: Literal["online", "cache_hidden", "cache_topk"] = "online"
+    """Beside the student, in a ZeRO-3 engine; or run once (`pocl-dist cache`): exact, or top-k."""
+    top_k: Annotated[int, Field(ge=1)] = 256
+    """`cache_topk`: tokens kept per position, the rest is one even tail; at most the vocabulary."""
+    max_truncation_error: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """`cache_topk`: bound on the mean total variation to the teacher, at every temperature."""
+    cache_engine: Literal["ray", "zero3"] = "ray"
+    """Who fills the cache: Ray actors, or the ranks with the teacher partitioned over them."""
+    cache_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Rows of like length per forward pass that fills the cache."""
+    devices_per_actor: Annotated[int, Field(ge=1)] = 1
+    """GPUs over which a Ray actor spreads the teacher's layers, for one larger than a GPU."""
     offload_param: Literal["none", "cpu"] = "none"
     """Where its partitioned weights lie between uses."""
 

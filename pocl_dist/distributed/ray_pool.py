@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from pocl_dist.config import RayConfig
-from pocl_dist.errors import PoclError, UnavailableError, WorkerError
+from pocl_dist.errors import ConfigError, PoclError, UnavailableError, WorkerError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -44,11 +44,24 @@ class _Call:
     is_placing: bool = False
 
 
-def actor_shape(config: RayConfig, num_cpus: float, num_gpus: float, num_shards: int) -> ActorShape:
+def actor_shape(
+    config: RayConfig, num_cpus: float, num_gpus: float, num_shards: int, gpus_per_actor: int = 1
+) -> ActorShape:
     """Returns a cluster's actors: one per GPU, or as many as CPUs allow, unless the config says.
 
-    More actors than GPUs share them in equal parts. Never more actors than shards.
+    More actors than GPUs share them in equal parts. Never more actors than shards. With several
+    GPUs per actor there are as many actors as find theirs, ConfigError (64) when none does.
     """
+    if gpus_per_actor > 1:
+        if num_gpus < gpus_per_actor:
+            raise ConfigError(
+                f"teacher.devices_per_actor: {gpus_per_actor} GPUs for an actor, but Ray has "
+                f"{int(num_gpus)}; lower it, or set teacher.cache_engine: zero3"
+            )
+        most = min(int(num_gpus) // gpus_per_actor, num_shards)
+        return ActorShape(
+            min(config.num_actors or most, most), config.cpus_per_actor, float(gpus_per_actor)
+        )
     wanted = config.num_actors
     if wanted is None:
         wanted = int(num_gpus) if num_gpus >= 1 else max(1, int(num_cpus) // config.cpus_per_actor)
@@ -78,12 +91,17 @@ class ActorPool(Generic[ShardT]):
         config: RayConfig,
         num_shards: int,
         note: Callable[[str], None],
+        gpus_per_actor: int = 1,
     ) -> None:
         import ray
 
         resources = ray.cluster_resources()
         self.shape = actor_shape(
-            config, resources.get("CPU", 1), resources.get("GPU", 0), num_shards
+            config,
+            resources.get("CPU", 1),
+            resources.get("GPU", 0),
+            num_shards,
+            gpus_per_actor,
         )
         self._timeout_seconds = config.start_timeout_seconds
         self._worker = worker

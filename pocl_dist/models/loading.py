@@ -50,6 +50,18 @@ def num_layers(source: ModelFolder) -> int:
     return int(_model_config(source).num_hidden_layers)
 
 
+def hidden_size(source: ModelFolder) -> int:
+    """Returns the width of the hidden states that a model's head reads."""
+    config = _model_config(source).get_text_config()
+    # OPT-350m projects its hidden states down to its embedding's width.
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
+def vocabulary_rows(source: ModelFolder) -> int:
+    """Returns the rows of a model's head, padding of the vocabulary included."""
+    return int(_model_config(source).get_text_config().vocab_size)
+
+
 def num_positions(source: ModelFolder) -> int | None:
     """Returns the longest sequence a model's config promises, or None when it sets no bound."""
     positions = getattr(_model_config(source), "max_position_embeddings", None)
@@ -67,8 +79,13 @@ def empty_model(source: ModelFolder) -> PreTrainedModel:
     return cast("PreTrainedModel", model)
 
 
-def load_model(source: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns the causal language model of a folder, from safetensors only, in eval mode."""
+def load_model(
+    source: ModelFolder, dtype: torch.dtype, device_map: str | dict[str, str] | None = None
+) -> PreTrainedModel:
+    """Returns the causal language model of a folder, from safetensors only, in eval mode.
+
+    `device_map` (transformers', e.g. "auto") spreads its layers over the visible devices.
+    """
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -77,6 +94,7 @@ def load_model(source: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
             local_files_only=True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
+            device_map=device_map,
         )
     except (OSError, SafetensorError) as error:
         raise MissingInputError(

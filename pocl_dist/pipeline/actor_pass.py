@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from typing import Protocol, TypeVar
 
 from pocl_dist.config import Config
 from pocl_dist.difficulty.work import WorkShard
@@ -37,6 +38,18 @@ def stop_request(run: RunDirectory) -> Iterator[StopRequest]:
                 signal.signal(number, handler)
 
 
+class Shard(Protocol):
+    """What an actor is sent."""
+
+    @property
+    def num_rows(self) -> int:
+        """Returns the rows that count as done with it."""
+        ...
+
+
+ShardT = TypeVar("ShardT", bound=Shard)
+
+
 def answer_shards(
     config: Config,
     stop: StopRequest,
@@ -45,9 +58,24 @@ def answer_shards(
     shards: Mapping[str, WorkShard],
     progress: RowProgress,
 ) -> Iterator[tuple[str, object]]:
+    """Yields (shard name, result of the ModelWorker's `method`) as shards finish."""
+    return work_off(config, stop, ModelWorker, settings, method, shards, progress)
+
+
+def work_off(
+    config: Config,
+    stop: StopRequest,
+    worker: type,
+    settings: object,
+    method: str,
+    shards: Mapping[str, ShardT],
+    progress: RowProgress,
+    gpus_per_actor: int = 1,
+) -> Generator[tuple[str, object], None, None]:
     """Yields (shard name, result of the worker's `method`) as shards finish. Needs a `ray_session`.
 
     Raises StoppedError (75) within seconds of a request; shards that are at work are given up.
+    Closing it ends the actors.
     """
 
     _take_signals(stop)  # again: `ray.init` has put handlers of its own in place, which abort
@@ -60,7 +88,9 @@ def answer_shards(
 
     with (
         progress,
-        ActorPool[WorkShard](ModelWorker, settings, config.ray, len(shards), progress.note) as pool,
+        ActorPool[ShardT](
+            worker, settings, config.ray, len(shards), progress.note, gpus_per_actor
+        ) as pool,
     ):
         for name, result in pool.map(method, shards, raise_if_asked):
             yield name, result

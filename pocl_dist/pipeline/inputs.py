@@ -47,11 +47,22 @@ RESULT_KEYS = (
     "loss.temperature_scaling",
     "optimizer",
     "policy",
-    "teacher.source",
     "engine.global_batch_size",
     "engine.dtype",
     "export",
 )
+
+
+def result_inputs(config: Config) -> dict[str, JSONValue]:
+    """Returns the config keys that a run's result depends on.
+
+    The exact cache is the same teacher as the online one: a run may go on with the other.
+    """
+    is_cut = config.teacher.source == "cache_topk"
+    return {
+        **select_keys(config, RESULT_KEYS),
+        "teacher.top_k": config.teacher.top_k if is_cut else None,
+    }
 
 
 def _read(config: Config, source: str, key: str, limit: int | None) -> Rows:
@@ -174,7 +185,7 @@ def finished_record(config: Config, run: RunDirectory) -> dict[str, JSONValue]:
 
     teacher, dev = teacher_source(config, run), read_dev(config)
     return {
-        **select_keys(config, RESULT_KEYS),
+        **result_inputs(config),
         "plan sha256": sha256_file(run.plan),
         "digest.dev": None if dev is None else dev.digest,
         "digest.student": model_digest(student_source(config, run)),

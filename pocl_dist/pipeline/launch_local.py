@@ -1,4 +1,4 @@
-"""Starts distill's ranks on this machine, through launch/local.sh, and reads how they ended."""
+"""Starts the ranks of a step on this machine, through launch/local.sh, and reads how they ended."""
 
 from __future__ import annotations
 
@@ -26,19 +26,28 @@ def launch_file(name: str) -> Path:
     return inside if inside.exists() else _PACKAGE.parent / "launch" / name
 
 
-def run_ranks(config: Config, run: RunDirectory) -> None:
-    """Runs distill on `engine.world_size` ranks and waits; raises the error the ranks ended with.
-
-    SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and
-    leave together; the launcher itself never sees them (it would kill the ranks). A
-    finished run is left as it is.
-    """
+def is_distilled(config: Config, run: RunDirectory) -> bool:
+    """Returns whether the export of this config is there."""
     marker = run.export / MARKER
-    if marker.exists() and read_json(marker) == finished_record(config, run):
+    return marker.exists() and read_json(marker) == finished_record(config, run)
+
+
+def run_ranks(config: Config, run: RunDirectory) -> None:
+    """Runs distill on ranks, as `launch_ranks` says. A finished run is left as it is."""
+    if is_distilled(config, run):
         print(f"distill: {run.export} is there", flush=True)
         return
+    launch_ranks(config, run, "distill")
+
+
+def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
+    """Runs a step on `engine.world_size` ranks and waits; raises the error the ranks ended with.
+
+    SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and
+    leave together; the launcher itself never sees them (it would kill the ranks).
+    """
     environment = dict(os.environ)
-    environment["PYTHON"] = sys.executable
+    environment |= {"PYTHON": sys.executable, "STEP": step}
     if config.engine.world_size is not None:
         environment["NUM_RANKS"] = str(config.engine.world_size)
     paths = [str(_PACKAGE.parent), environment.get("PYTHONPATH", "")]
@@ -62,16 +71,16 @@ def run_ranks(config: Config, run: RunDirectory) -> None:
             signal.signal(number, handler)
         if received:
             run.stop_file.unlink(missing_ok=True)
-    _raise_outcome(code, run)
+    _raise_outcome(code, run, step)
 
 
-def _raise_outcome(code: int, run: RunDirectory) -> None:
+def _raise_outcome(code: int, run: RunDirectory, step: str) -> None:
     """Raises what the ranks ended with; the launcher's own code is only a hint."""
     status = read_json(run.status)
     state, outcome, reason = status["state"], status["exit_code"], str(status["reason"])
-    if state == "done" and status["phase"] == "distill" and code == 0:
+    if state == "done" and status["phase"] == step and code == 0:
         return
-    if state in ("failed", "stopped") and status["phase"] == "distill":
+    if state in ("failed", "stopped") and status["phase"] == step:
         for kind in vars(errors).values():
             if (
                 isinstance(kind, type)
@@ -79,7 +88,7 @@ def _raise_outcome(code: int, run: RunDirectory) -> None:
                 and kind.exit_code == outcome
             ):
                 raise kind(reason)
-        raise RuntimeError(f"distill failed: {reason}")
+        raise RuntimeError(f"{step} failed: {reason}")
     raise errors.WorkerError(
-        f"the ranks of distill ended without a word (launcher's exit code {code})"
+        f"the ranks of {step} ended without a word (launcher's exit code {code})"
     )

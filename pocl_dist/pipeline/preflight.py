@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pocl_dist.config import Config
 from pocl_dist.errors import ConfigError
+from pocl_dist.pipeline.cache_inputs import check_top_k
 from pocl_dist.pipeline.inputs import (
     read_dev,
     read_eval_sets,
@@ -55,6 +56,7 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
         check_lora(layout, given.lora)
     from pocl_dist.pipeline.inputs import make_encoder
 
+    check_top_k(config, len(encoder_tokenizer))
     encoder = make_encoder(config, encoder_tokenizer)
     encoder.encode(train.examples[0])  # the template must leave room for a prompt
     _check_ranks(config)

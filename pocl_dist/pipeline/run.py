@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pocl_dist.config import Config
+from pocl_dist.pipeline.cache import cache
 from pocl_dist.pipeline.evaluate import evaluate
 from pocl_dist.pipeline.init_student import init_student, needs_init_student
 from pocl_dist.pipeline.launch_local import run_ranks
@@ -21,7 +22,10 @@ def steps_of(config: Config) -> list[tuple[str, Step]]:
         steps.append(("init-student", init_student))
     if needs_difficulty(config):
         steps.append(("measure", measure))
-    steps += [("plan", make_plan), ("distill", run_ranks)]
+    steps.append(("plan", make_plan))
+    if config.teacher.source != "online":
+        steps.append(("cache", cache))
+    steps.append(("distill", run_ranks))
     if config.data.eval:
         steps.append(("evaluate", evaluate))
     return [*steps, ("report", report)]

@@ -53,6 +53,11 @@ class RunDirectory:
         return self.root / "init_student"
 
     @property
+    def teacher_cache(self) -> Path:
+        """What the teacher says of every training row, with `teacher.source: cache_*`."""
+        return self.root / "teacher_cache"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder per checkpoint."""
         return self.root / "checkpoints"

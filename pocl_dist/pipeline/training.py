@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from pocl_dist.config import Config, select_keys
+from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Coordinator, Progress
 from pocl_dist.distributed.checkpoint import (
     Checkpoint,
@@ -32,12 +32,13 @@ from pocl_dist.models.packing import check_packing, needs_one_row
 from pocl_dist.models.sources import model_digest
 from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
+from pocl_dist.pipeline.cache_inputs import cached_teacher
 from pocl_dist.pipeline.export import copy_weights
 from pocl_dist.pipeline.inputs import (
-    RESULT_KEYS,
     make_encoder,
     read_dev,
     read_train,
+    result_inputs,
     student_source,
     teacher_source,
 )
@@ -156,9 +157,11 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     if checkpoint is not None:
         progress = {name: v for name, v in checkpoint.state.items() if name != "policy"}
         coordinator.progress = Progress(**progress)  # type: ignore[arg-type]
-    engine = _student_engine(config, rank, student, tokenizer, checkpoint)
     teacher: Teacher | None = None
-    if teacher_folder is not None:
+    if teacher_folder is not None and config.teacher.source != "online":
+        teacher = cached_teacher(config, run, rank, teacher_folder, rows, plan, encoded)
+    engine = _student_engine(config, rank, student, tokenizer, checkpoint)
+    if teacher_folder is not None and config.teacher.source == "online":
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
     resume_step = -1 if checkpoint is None else checkpoint.step
@@ -229,7 +232,7 @@ def _inputs(
 ) -> dict[str, JSONValue]:
     stages = [stage.to_json() for stage in plan.stages]
     return {
-        **select_keys(config, RESULT_KEYS),
+        **result_inputs(config),
         "digest.data": data_digest,
         "digest.plan": digest_of(cast("JSONValue", [list(plan.ranking), stages])),
         "digest.student": model_digest(student),
