@@ -29,7 +29,7 @@ def run_side(script: str, arguments: list[str]) -> dict[str, object]:
     {"error": the end of what it wrote to stderr}.
     """
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.strip().splitlines()[-1])
     if done.returncode == MEMORY_KILL or any(text in done.stderr for text in MEMORY_ERRORS):
