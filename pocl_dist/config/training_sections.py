@@ -20,6 +20,8 @@ class LossConfig(Section):
     """Factor on the divergence at temperature T: its own order, T^2, T, 1, or as published."""
     chunk_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens whose logits exist at once; null: from a memory budget."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Fuse the element-wise part with torch.compile; auto: for a large vocabulary, if it can."""
 
 
 class OptimizerConfig(Section):

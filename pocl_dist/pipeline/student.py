@@ -61,8 +61,10 @@ class StudentWithLoss(nn.Module):
             self.divergence,
             self.temperature,
             self.kd_ratio,
+            teacher_top_k=teacher.top_k,
             temperature_scaling=self.loss.temperature_scaling,
             chunk_size=self.loss.chunk_tokens,
+            compile_mode=self.loss.compile,
         )
         return result.loss_sum, torch.stack(
             [result.kd_loss_sum, result.ce_loss_sum, result.kl_sum]
