@@ -5,7 +5,6 @@ N tokens of a micro-batch, H hidden size (teacher and student differ), V vocabul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,10 +14,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from pocl_dist.config.loss_names import temperature_scale
 from pocl_dist.errors import ConfigError
 from pocl_dist.losses.call import Objective, Tokens
+from pocl_dist.losses.checks import check_shapes, check_teacher, real_tokens, valid_rows
 from pocl_dist.losses.chunks import sum_over_chunks
 from pocl_dist.losses.compiled import BLOCK_COMPILER
 from pocl_dist.losses.registry import Divergence, get_divergence
-from pocl_dist.records import IGNORE_INDEX, LMHead, TeacherTopK
+from pocl_dist.records import LMHead, TeacherTopK
 
 LOGITS_BYTES_PER_CHUNK = {"cpu": 48 * 2**20, "accelerator": 256 * 2**20}
 """Default size of one model's fp32 logits of a chunk; student's and teacher's exist at once.
@@ -80,10 +80,10 @@ def distillation_loss(
         temperature_order=divergence.temperature_order,
         published_order=divergence.published_order,
     )
-    vocabulary_size = _real_tokens("student", student_head)
-    _check_shapes(student_hidden_NH, student_head, labels_N, "student")
-    _check_teacher(teacher_hidden_NH, teacher_head, teacher_top_k, labels_N, vocabulary_size)
-    valid_rows_M = _valid_rows(labels_N, vocabulary_size)
+    vocabulary_size = real_tokens("student", student_head)
+    check_shapes(student_hidden_NH, student_head, labels_N, "student")
+    check_teacher(teacher_hidden_NH, teacher_head, teacher_top_k, labels_N, vocabulary_size)
+    valid_rows_M = valid_rows(labels_N, vocabulary_size)
     device = student_hidden_NH.device
     tokens = Tokens(
         valid_rows_M,
@@ -164,47 +164,6 @@ class _GradientInForward(torch.autograd.Function):
         return *grads, None, None
 
 
-def _check_teacher(
-    hidden_NH: torch.Tensor | None,
-    head: LMHead | None,
-    top_k: TeacherTopK | None,
-    labels_N: torch.Tensor,
-    vocabulary_size: int,
-) -> None:
-    """Raises ValueError unless the teacher is complete, of one form, and fits labels and student.
-
-    Token ids are checked here because an index out of range ends the process on a GPU.
-    """
-    if (hidden_NH is None) != (head is None):
-        raise ValueError("teacher hidden states and teacher head go together: give both or none")
-    if top_k is not None:
-        if head is not None:
-            raise ValueError("teacher_top_k takes the place of teacher hidden states and head")
-        num_kept = top_k.token_ids_NK.shape[-1]
-        if top_k.token_ids_NK.shape != (len(labels_N), num_kept):
-            raise ValueError(
-                f"teacher_top_k: {tuple(top_k.token_ids_NK.shape)} must be (N, K) for "
-                f"{len(labels_N)} labels"
-            )
-        if not 0 < num_kept <= vocabulary_size:
-            raise ValueError(f"teacher_top_k: K {num_kept} must be in [1, {vocabulary_size}]")
-        if len(labels_N):
-            low, high = (int(x) for x in top_k.token_ids_NK.aminmax())
-            if low < 0 or high >= vocabulary_size:
-                outside = low if low < 0 else high
-                raise ValueError(
-                    f"teacher_top_k: token {outside} must be in [0, {vocabulary_size})"
-                )
-    if hidden_NH is not None and head is not None:
-        _check_shapes(hidden_NH, head, labels_N, "teacher")
-        teacher_size = _real_tokens("teacher", head)
-        if teacher_size != vocabulary_size:
-            raise ValueError(
-                f"teacher has {teacher_size} real tokens and student {vocabulary_size}: one "
-                "tokenizer is needed; padding of the head goes into LMHead.num_real_tokens"
-            )
-
-
 def _chunk_size(asked: int | None, device: torch.device, vocabulary_size: int) -> int:
     """Returns the tokens per chunk: what was asked for, or what LOGITS_BYTES_PER_CHUNK allows."""
     if asked is None:
@@ -213,42 +172,3 @@ def _chunk_size(asked: int | None, device: torch.device, vocabulary_size: int) -
     if asked < 1:
         raise ValueError(f"chunk_size: {asked} must be at least 1")
     return asked
-
-
-def _valid_rows(labels_N: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
-    """Returns the indices of the labelled rows; raises ValueError for a label that is no token.
-
-    Checked here because on a GPU an index out of range ends the process, without a message.
-    """
-    valid_rows_M = (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
-    if len(valid_rows_M):
-        low, high = (int(x) for x in labels_N[valid_rows_M].aminmax())
-        if low < 0 or high >= vocabulary_size:
-            outside = low if low < 0 else high
-            raise ValueError(
-                f"labels_N: {outside} must be {IGNORE_INDEX} or in [0, {vocabulary_size})"
-            )
-    return valid_rows_M
-
-
-def _real_tokens(role: str, head: LMHead) -> int:
-    """Returns how many leading rows of the head's weight are tokens and not padding."""
-    num_rows = head.weight_VH.shape[0]
-    num_real = num_rows if head.num_real_tokens is None else head.num_real_tokens
-    if not 0 < num_real <= num_rows:
-        raise ValueError(f"{role} head: num_real_tokens {num_real} must be in [1, {num_rows}]")
-    return num_real
-
-
-def _check_shapes(hidden_NH: torch.Tensor, head: LMHead, labels_N: torch.Tensor, role: str) -> None:
-    """Raises ValueError unless hidden states, head and labels fit each other."""
-    num_rows, hidden_size = head.weight_VH.shape
-    if hidden_NH.shape != (*labels_N.shape, hidden_size) or labels_N.dim() != 1:
-        raise ValueError(
-            f"{role} hidden states {tuple(hidden_NH.shape)} must be (N, {hidden_size}) for labels "
-            f"{tuple(labels_N.shape)} of shape (N,)"
-        )
-    if head.bias_V is not None and head.bias_V.shape != (num_rows,):
-        raise ValueError(f"{role} head: bias {tuple(head.bias_V.shape)} must be ({num_rows},)")
-    if head.softcap is not None and not (math.isfinite(head.softcap) and head.softcap > 0):
-        raise ValueError(f"{role} head: softcap {head.softcap} must be finite and above 0, or None")
