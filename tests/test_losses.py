@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,30 @@ def js(s_NV: torch.Tensor, t_NV: torch.Tensor, w: float) -> torch.Tensor:
     return w * kl(s_NV, m_NV) + (1 - w) * kl(t_NV, m_NV)
 
 
+def akl(s_NV: torch.Tensor, t_NV: torch.Tensor, head_mass: float) -> torch.Tensor:
+    """Returns adaptive KL from probabilities, token by token and without a shortcut."""
+    rows = []
+    for s_V, t_V in zip(s_NV, t_NV, strict=True):
+        mass, head = 0.0, []
+        for column in t_V.argsort(descending=True).tolist():
+            mass += t_V[column].item()
+            if head and mass > head_mass:
+                break
+            head.append(column)
+            if mass > head_mass:
+                break
+        gap_V = (t_V - s_V).abs().detach()
+        weight = gap_V[head].sum() / gap_V.sum()
+        rows.append(weight * kl(t_V, s_V) + (1 - weight) * kl(s_V, t_V))
+    return torch.stack(rows)
+
+
+def ab(s: torch.Tensor, t: torch.Tensor, a: float, b: float) -> torch.Tensor:
+    """Returns the alpha-beta divergence as in ABKD, definition 3.1."""
+    inner = t**a * s**b - a / (a + b) * t ** (a + b) - b / (a + b) * s ** (a + b)
+    return -inner.sum(-1) / (a * b)
+
+
 # (name, arguments, formula of the student's and the teacher's probabilities)
 ORACLES: list[tuple[str, dict[str, float], Formula]] = [
     ("forward_kl", {}, lambda s, t: kl(t, s)),
@@ -45,6 +70,15 @@ ORACLES: list[tuple[str, dict[str, float], Formula]] = [
     ("symmetric_kl", {}, lambda s, t: 0.9 * kl(s, t) + 0.1 * kl(t, s)),
     ("symmetric_kl", {"reverse_weight": 1}, lambda s, t: kl(s, t)),
     ("symmetric_kl", {"reverse_weight": 0}, lambda s, t: kl(t, s)),
+    ("adaptive_kl", {}, lambda s, t: akl(s, t, 0.5)),
+    ("adaptive_kl", {"head_mass": 0.9}, lambda s, t: akl(s, t, 0.9)),
+    ("adaptive_kl", {"head_mass": 0.01}, lambda s, t: akl(s, t, 0.01)),
+    ("alpha_beta", {}, lambda s, t: ab(s, t, 0.2, 0.7)),
+    ("alpha_beta", {"alpha": 1, "beta": 1}, lambda s, t: 0.5 * ((s - t) ** 2).sum(-1)),
+    ("alpha_beta", {"alpha": 0.5, "beta": 0.5}, lambda s, t: ab(s, t, 0.5, 0.5)),
+    ("alpha_beta", {"alpha": 1, "beta": 0}, lambda s, t: kl(t, s)),
+    ("alpha_beta", {"alpha": 0, "beta": 1}, lambda s, t: kl(s, t)),
+    ("alpha_beta", {"alpha": 0, "beta": 0}, lambda s, t: 0.5 * ((s / t).log() ** 2).sum(-1)),
 ]
 every_divergence = pytest.mark.parametrize("name", sorted(LOSSES))
 
@@ -70,6 +104,55 @@ def test_divergence_and_its_gradient_equal_the_formula_in_probabilities(
     (expected_grad_NV,) = torch.autograd.grad(expected_N.sum(), student_NV)
     torch.testing.assert_close(value_N, expected_N, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad_NV, expected_grad_NV, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "formula"), ORACLES)
+def test_analytic_gradient_equals_autograd(
+    name: str, kwargs: dict[str, float], formula: Formula
+) -> None:
+    divergence = get_divergence(name, **kwargs)
+    logprobs = random_logits(0).log_softmax(-1), random_logits(1).log_softmax(-1)
+    assert divergence.gradient is not None
+    value_N, grad_NV = divergence.with_gradient(*logprobs)
+    expected_N, expected_grad_NV = replace(divergence, gradient=None).with_gradient(*logprobs)
+    torch.testing.assert_close(value_N, formula(*(x.exp() for x in logprobs)), rtol=1e-10, atol=0)
+    torch.testing.assert_close(value_N, expected_N, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(grad_NV, expected_grad_NV, rtol=1e-10, atol=1e-13)
+
+
+@every_divergence
+@pytest.mark.parametrize("gap", [110.0, 200.0, 1e4, 1e15])
+def test_analytic_gradient_is_finite_at_any_logit_gap(name: str, gap: float) -> None:
+    signs_NV = torch.sign(random_logits(3, torch.float32))
+    student_NV = (gap * signs_NV).log_softmax(-1)
+    for teacher_NV in (-gap * signs_NV, gap * signs_NV.roll(1, 1), torch.zeros(6, 23)):
+        value_N, grad_NV = get_divergence(name).with_gradient(
+            student_NV, teacher_NV.log_softmax(-1)
+        )
+        assert value_N.isfinite().all()
+        assert grad_NV.isfinite().all()
+
+
+def test_alpha_beta_goes_over_into_its_limits() -> None:
+    logprobs = random_logits(0).log_softmax(-1), random_logits(1).log_softmax(-1)
+    for alpha, beta, limit in [(1, 1e-7, "forward_kl"), (1e-7, 1, "reverse_kl")]:
+        near_N, near_grad_NV = get_divergence("alpha_beta", alpha=alpha, beta=beta).with_gradient(
+            *logprobs
+        )
+        limit_N, limit_grad_NV = get_divergence(limit).with_gradient(*logprobs)
+        torch.testing.assert_close(near_N, limit_N, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(near_grad_NV, limit_grad_NV, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_kl_finds_a_head_of_any_length() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = [torch.randn(2, 700, generator=generator, dtype=torch.float64) for _ in range(2)]
+    student_NV, teacher_NV = (x.softmax(-1) for x in logits)  # half of the mass: about 100 tokens
+    for head_mass in (0.05, 0.5, 0.97):
+        got_N = get_divergence("adaptive_kl", head_mass=head_mass)(
+            student_NV.log(), teacher_NV.log()
+        )
+        torch.testing.assert_close(got_N, akl(student_NV, teacher_NV, head_mass))
 
 
 @every_divergence
@@ -159,6 +242,9 @@ def test_divergence_carries_its_facts_and_can_be_pickled() -> None:
         ("symmetric_kl", {"reverse_weight": 1.1}, r"loss\.kwargs\.reverse_weight: 1.1 .*\[0, 1\]"),
         ("symmetric_kl", {"reverse_weight": math.nan}, r"loss\.kwargs\.reverse_weight: nan "),
         ("symmetric_kl", {"reverse_weight": "0.5"}, r"loss\.kwargs\.reverse_weight: '0.5' "),
+        ("adaptive_kl", {"head_mass": 1}, r"loss\.kwargs\.head_mass: 1 .*\(0, 1\)"),
+        ("alpha_beta", {"alpha": -0.1}, r"loss\.kwargs\.alpha: -0.1 .*\[0, 1\]"),
+        ("alpha_beta", {"beta": 1.5}, r"loss\.kwargs\.beta: 1.5 .*\[0, 1\]"),
         ("symmetric_kl", {"reverse_weight": True}, r"loss\.kwargs\.reverse_weight: True "),
     ],
 )
@@ -187,6 +273,8 @@ def test_names_can_be_checked_without_torch() -> None:
         ("skew_forward_kl", (9, 9, 3, 1, 1)),
         ("skew_reverse_kl", (9, 9, 3, 1, 9)),
         ("symmetric_kl", (9, 9, 3, 1, 1)),
+        ("adaptive_kl", (9, 9, 3, 1, 1)),
+        ("alpha_beta", (9, 9, 3, 1, 1)),
     ],
 )
 def test_temperature_scale_follows_the_table(name: str, factors: tuple[int, ...]) -> None:

@@ -54,6 +54,11 @@ class LossSpec:
     kwargs: Mapping[str, KwargSpec] = field(default_factory=dict)
 
 
+def _exponent(default: float) -> KwargSpec:
+    """Returns an exponent of probabilities: in [0, 1] no power of one overflows."""
+    return KwargSpec(default, includes_low=True, includes_high=True)
+
+
 # At student_weight 0 or 1, or skew 1, the mixture is one of the two distributions and the loss has
 # no gradient; skew 0 is the plain KL and reverse_weight 0 or 1 one of its two directions.
 _SKEW = {"skew": KwargSpec(0.1, includes_low=True)}
@@ -69,6 +74,10 @@ LOSSES: dict[str, LossSpec] = {
         LossSpec("skew_forward_kl", 2, 0, _SKEW),
         LossSpec("skew_reverse_kl", 2, 2, _SKEW),
         LossSpec("symmetric_kl", 2, 0, _REVERSE_WEIGHT),
+        # Not in the code released with POCL: what their own code does, which has no temperature.
+        LossSpec("adaptive_kl", 2, 0, {"head_mass": KwargSpec(0.5)}),
+        # The exponents that ABKD uses for instruction following (arXiv 2505.04560, section 5.1).
+        LossSpec("alpha_beta", 2, 0, {"alpha": _exponent(0.2), "beta": _exponent(0.7)}),
     )
 }
 

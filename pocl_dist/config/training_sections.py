@@ -22,6 +22,8 @@ class LossConfig(Section):
     """Tokens whose logits exist at once; null: from a memory budget."""
     full_logits: bool = False
     """Take the models' own logits of all tokens: for heads that are no linear map; needs memory."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Fuse the element-wise part with torch.compile; auto: for a large vocabulary, if it can."""
 
 
 class OptimizerConfig(Section):

@@ -5,7 +5,6 @@ N tokens of a micro-batch, H hidden size (teacher and student differ), V vocabul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,15 +13,19 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pocl_dist.config.loss_names import temperature_scale
 from pocl_dist.errors import ConfigError
-from pocl_dist.losses.chunks import Objective, Tokens, sum_over_chunks
+from pocl_dist.losses.call import Objective, Tokens
+from pocl_dist.losses.checks import check_shapes, check_teacher, real_tokens, valid_rows
+from pocl_dist.losses.chunks import sum_over_chunks
+from pocl_dist.losses.compiled import BLOCK_COMPILER
 from pocl_dist.losses.registry import Divergence, get_divergence
-from pocl_dist.records import IGNORE_INDEX, LMHead
+from pocl_dist.records import LMHead, TeacherTopK
 
-LOGITS_BYTES_PER_CHUNK = {"cpu": 16 * 2**20, "accelerator": 256 * 2**20}
-"""Default size of one model's fp32 logits of a chunk; about ten tensors of this size live at once.
+LOGITS_BYTES_PER_CHUNK = {"cpu": 48 * 2**20, "accelerator": 256 * 2**20}
+"""Default size of one model's fp32 logits of a chunk; student's and teacher's exist at once.
 
-Each chunk reads the head's weight twice and adds to its fp32 gradient, so an accelerator wants few
-chunks; on a CPU the element-wise part dominates and larger chunks only cost memory (measured).
+Each chunk reads the head's weight twice and adds to its fp32 gradient, so few chunks are wanted;
+below about 100 tokens the products lose speed (measured). The element-wise part works on blocks of
+a chunk on a CPU, on whole chunks with some tensors of this size more on an accelerator.
 """
 
 
@@ -51,16 +54,19 @@ def distillation_loss(
     temperature: float,
     kd_ratio: float,
     *,
+    teacher_top_k: TeacherTopK | None = None,
     temperature_scaling: str = "auto",
     chunk_size: int | None = None,
+    compile_mode: str = "auto",
 ) -> DistillationLoss:
     """Returns the sums of `kd_ratio * scale(T) * D_T(teacher, student) + (1 - kd_ratio) * CE`.
 
     Rows whose label is IGNORE_INDEX do not count; labels are already shifted. With N = 0, or no
     label, the sums are 0 and the gradients zeros, so that an empty micro-batch runs the same
     backward. Gradients reach the student's hidden states, head weight and bias only. Without a
-    teacher (plain SFT, kd_ratio 0) kd_loss_sum and kl_sum are 0. Logits exist for `chunk_size`
-    tokens at a time (default: LOGITS_BYTES_PER_CHUNK) and are not kept for backward.
+    teacher (plain SFT, kd_ratio 0) kd_loss_sum and kl_sum are 0. `teacher_top_k` stands in for the
+    teacher's hidden states and head. Logits exist for `chunk_size` tokens at a time (default:
+    LOGITS_BYTES_PER_CHUNK) and are not kept for backward. `compile_mode` is `loss.compile`.
 
     Raises ValueError for values out of range and for shapes or vocabularies that do not agree.
     """
@@ -74,10 +80,30 @@ def distillation_loss(
         temperature_order=divergence.temperature_order,
         published_order=divergence.published_order,
     )
-    tokens = _checked_tokens(
-        student_hidden_NH, student_head, teacher_hidden_NH, teacher_head, labels_N, chunk_size
+    vocabulary_size = real_tokens("student", student_head)
+    check_shapes(student_hidden_NH, student_head, labels_N, "student")
+    check_teacher(teacher_hidden_NH, teacher_head, teacher_top_k, labels_N, vocabulary_size)
+    valid_rows_M = valid_rows(labels_N, vocabulary_size)
+    device = student_hidden_NH.device
+    tokens = Tokens(
+        valid_rows_M,
+        labels_N,
+        student_head,
+        None if teacher_hidden_NH is None else teacher_hidden_NH.detach(),
+        teacher_head,
+        teacher_top_k,
+        vocabulary_size=vocabulary_size,
+        chunk_size=_chunk_size(chunk_size, device, vocabulary_size),
+        compile_mode=compile_mode,
+        is_compiled=BLOCK_COMPILER.is_used(
+            compile_mode,
+            divergence,
+            device,
+            num_tokens=len(valid_rows_M),
+            vocabulary_size=vocabulary_size,
+        ),
     )
-    if kd_ratio > 0 and teacher_head is None:
+    if kd_ratio > 0 and not tokens.has_teacher:
         raise ValueError(f"a teacher must be given unless kd_ratio is 0 (it is {kd_ratio})")
     objective = Objective(divergence, temperature, scale, kd_ratio)
     inputs = (student_hidden_NH, student_head.weight_VH, student_head.bias_V)
@@ -126,86 +152,23 @@ class _GradientInForward(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, grad_loss: torch.Tensor, *_: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        # Not in place: backward may run again over the same graph (retain_graph, gradcheck).
+        # In place, since the head's gradient is the largest tensor here; unless backward may run
+        # again over the same graph (retain_graph, gradcheck).
+        is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         grads = [
-            None if grad is None else (grad * grad_loss).to(dtype)
+            None
+            if grad is None
+            else (grad.mul_(grad_loss) if is_last else grad * grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.input_dtypes, strict=True)  # type: ignore[attr-defined]
         ]
         return *grads, None, None
 
 
-def _checked_tokens(
-    student_hidden_NH: torch.Tensor,
-    student_head: LMHead,
-    teacher_hidden_NH: torch.Tensor | None,
-    teacher_head: LMHead | None,
-    labels_N: torch.Tensor,
-    chunk_size: int | None,
-) -> Tokens:
-    """Returns the tokens and their cut; raises ValueError for what does not fit together."""
-    vocabulary_size = _real_tokens("student", student_head)
-    _check_shapes(student_hidden_NH, student_head, labels_N, "student")
-    if teacher_hidden_NH is not None and teacher_head is not None:
-        _check_shapes(teacher_hidden_NH, teacher_head, labels_N, "teacher")
-        teacher_size = _real_tokens("teacher", teacher_head)
-        if teacher_size != vocabulary_size:
-            raise ValueError(
-                f"teacher has {teacher_size} real tokens and student {vocabulary_size}: one "
-                "tokenizer is needed; padding of the head goes into LMHead.num_real_tokens"
-            )
-        teacher_hidden_NH = teacher_hidden_NH.detach()
-    elif teacher_hidden_NH is not None or teacher_head is not None:
-        raise ValueError("teacher hidden states and teacher head go together: give both or none")
-    if chunk_size is None:
-        place = "cpu" if student_hidden_NH.device.type == "cpu" else "accelerator"
-        chunk_size = max(1, LOGITS_BYTES_PER_CHUNK[place] // (4 * vocabulary_size))
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: {chunk_size} must be at least 1")
-    return Tokens(
-        valid_rows_M=_valid_rows(labels_N, vocabulary_size),
-        labels_N=labels_N,
-        teacher_hidden_NH=teacher_hidden_NH,
-        student_head=student_head,
-        teacher_head=teacher_head,
-        vocabulary_size=vocabulary_size,
-        chunk_size=chunk_size,
-    )
-
-
-def _valid_rows(labels_N: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
-    """Returns the indices of the labelled rows; raises ValueError for a label that is no token.
-
-    Checked here because on a GPU an index out of range ends the process, without a message.
-    """
-    valid_rows_M = (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
-    if len(valid_rows_M):
-        low, high = (int(x) for x in labels_N[valid_rows_M].aminmax())
-        if low < 0 or high >= vocabulary_size:
-            outside = low if low < 0 else high
-            raise ValueError(
-                f"labels_N: {outside} must be {IGNORE_INDEX} or in [0, {vocabulary_size})"
-            )
-    return valid_rows_M
-
-
-def _real_tokens(role: str, head: LMHead) -> int:
-    """Returns how many leading rows of the head's weight are tokens and not padding."""
-    num_rows = head.weight_VH.shape[0]
-    num_real = num_rows if head.num_real_tokens is None else head.num_real_tokens
-    if not 0 < num_real <= num_rows:
-        raise ValueError(f"{role} head: num_real_tokens {num_real} must be in [1, {num_rows}]")
-    return num_real
-
-
-def _check_shapes(hidden_NH: torch.Tensor, head: LMHead, labels_N: torch.Tensor, role: str) -> None:
-    """Raises ValueError unless hidden states, head and labels fit each other."""
-    num_rows, hidden_size = head.weight_VH.shape
-    if hidden_NH.shape != (*labels_N.shape, hidden_size) or labels_N.dim() != 1:
-        raise ValueError(
-            f"{role} hidden states {tuple(hidden_NH.shape)} must be (N, {hidden_size}) for labels "
-            f"{tuple(labels_N.shape)} of shape (N,)"
-        )
-    if head.bias_V is not None and head.bias_V.shape != (num_rows,):
-        raise ValueError(f"{role} head: bias {tuple(head.bias_V.shape)} must be ({num_rows},)")
-    if head.softcap is not None and not (math.isfinite(head.softcap) and head.softcap > 0):
-        raise ValueError(f"{role} head: softcap {head.softcap} must be finite and above 0, or None")
+def _chunk_size(asked: int | None, device: torch.device, vocabulary_size: int) -> int:
+    """Returns the tokens per chunk: what was asked for, or what LOGITS_BYTES_PER_CHUNK allows."""
+    if asked is None:
+        place = "cpu" if device.type == "cpu" else "accelerator"
+        return max(1, LOGITS_BYTES_PER_CHUNK[place] // (4 * vocabulary_size))
+    if asked < 1:
+        raise ValueError(f"chunk_size: {asked} must be at least 1")
+    return asked

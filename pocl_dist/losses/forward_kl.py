@@ -15,3 +15,11 @@ def forward_kl(
     Source: Hinton et al. 2015 (arXiv 1503.02531), with the teacher's entropy: 0 at equality.
     """
     return kl_N(teacher_logprobs_NV, student_logprobs_NV)
+
+
+def forward_kl_gradient(
+    student_logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the divergence per token and its gradient for the student's logits: s - t."""
+    value_N = kl_N(teacher_logprobs_NV, student_logprobs_NV)
+    return value_N, student_logprobs_NV.exp() - teacher_logprobs_NV.exp()

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from pocl_dist.config.loss_names import LOSSES, complete_kwargs
-from pocl_dist.losses.forward_kl import forward_kl
-from pocl_dist.losses.jensen_shannon import jensen_shannon
-from pocl_dist.losses.reverse_kl import reverse_kl
-from pocl_dist.losses.skew_forward_kl import skew_forward_kl
-from pocl_dist.losses.skew_reverse_kl import skew_reverse_kl
-from pocl_dist.losses.symmetric_kl import symmetric_kl
-from pocl_dist.losses.total_variation import total_variation
+from pocl_dist.losses.adaptive_kl import adaptive_kl, adaptive_kl_gradient
+from pocl_dist.losses.alpha_beta import alpha_beta, alpha_beta_gradient
+from pocl_dist.losses.forward_kl import forward_kl, forward_kl_gradient
+from pocl_dist.losses.jensen_shannon import jensen_shannon, jensen_shannon_gradient
+from pocl_dist.losses.reverse_kl import reverse_kl, reverse_kl_gradient
+from pocl_dist.losses.skew_forward_kl import skew_forward_kl, skew_forward_kl_gradient
+from pocl_dist.losses.skew_reverse_kl import skew_reverse_kl, skew_reverse_kl_gradient
+from pocl_dist.losses.symmetric_kl import symmetric_kl, symmetric_kl_gradient
+from pocl_dist.losses.total_variation import total_variation, total_variation_gradient
 
 DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
     "forward_kl": forward_kl,
@@ -24,7 +26,25 @@ DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
     "skew_forward_kl": skew_forward_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "symmetric_kl": symmetric_kl,
+    "adaptive_kl": adaptive_kl,
+    "alpha_beta": alpha_beta,
 }
+
+GRADIENTS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "forward_kl": forward_kl_gradient,
+    "reverse_kl": reverse_kl_gradient,
+    "jensen_shannon": jensen_shannon_gradient,
+    "total_variation": total_variation_gradient,
+    "skew_forward_kl": skew_forward_kl_gradient,
+    "skew_reverse_kl": skew_reverse_kl_gradient,
+    "symmetric_kl": symmetric_kl_gradient,
+    "adaptive_kl": adaptive_kl_gradient,
+    "alpha_beta": alpha_beta_gradient,
+}
+"""Value and gradient at once; a divergence that is not here is differentiated by autograd."""
+
+NOT_COMPILED = frozenset({"adaptive_kl"})
+"""Divergences that `torch.compile` cannot take in one piece (a loop that depends on values)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class Divergence:
     temperature_order: int
     published_order: int
     function: Callable[..., torch.Tensor]
+    gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __call__(
         self, student_logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor
@@ -60,6 +81,28 @@ class Divergence:
         """Returns the divergence per token where no log-probability is -inf: two passes fewer."""
         return self.function(student_logprobs_NV, teacher_logprobs_NV, **self.kwargs)
 
+    def with_gradient(
+        self, student_logprobs_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (divergence per token, its gradient for the student's logits), detached.
+
+        For finite log-probabilities. By the divergence's own formula, else by autograd.
+        """
+        if self.gradient is not None:
+            return self.gradient(student_logprobs_NV, teacher_logprobs_NV, **self.kwargs)
+        with torch.enable_grad():
+            logprobs_NV = student_logprobs_NV.detach().requires_grad_()
+            value_N = self.of_finite(logprobs_NV, teacher_logprobs_NV)
+            (slope_NV,) = torch.autograd.grad(value_N.sum(), logprobs_NV)
+        # The backward pass of log_softmax.
+        slope_N = slope_NV.sum(dim=-1, keepdim=True)
+        return value_N.detach(), slope_NV - student_logprobs_NV.exp() * slope_N
+
+    @property
+    def is_compilable(self) -> bool:
+        """Returns whether value and gradient are a formula that `torch.compile` can fuse."""
+        return self.gradient is not None and self.name not in NOT_COMPILED
+
 
 def get_divergence(name: str, **kwargs: float) -> Divergence:
     """Returns the named divergence, defaults filled in.
@@ -74,4 +117,5 @@ def get_divergence(name: str, **kwargs: float) -> Divergence:
         temperature_order=spec.temperature_order,
         published_order=spec.published_order,
         function=DIVERGENCES[name],
+        gradient=GRADIENTS.get(name),
     )

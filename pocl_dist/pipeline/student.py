@@ -84,8 +84,10 @@ class StudentWithLoss(nn.Module):
             self.divergence,
             self.temperature,
             self.kd_ratio,
+            teacher_top_k=teacher.top_k,
             temperature_scaling=self.loss.temperature_scaling,
             chunk_size=self.loss.chunk_tokens,
+            compile_mode=self.loss.compile,
         )
         return _sums(result)
 
