@@ -90,7 +90,7 @@ def _open_batches(
 ) -> list[WorkBatch]:
     """Returns the batches with a row not done. They are whole: a part would pad differently."""
     references = {example.example_id: example.references[:1] for example in rows.examples}
-    batches = make_batches(encoded, references, config.generation.batch_size)
+    batches = make_batches(encoded, references, config.generation.batch_size, is_scored=True)
     return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
 
 

@@ -1,0 +1,236 @@
+"""Greedy answers and the cross-entropy of references from one pass over prompt + reference.
+
+The prompt goes through the backbone once for both: its keys and values, without those of the
+reference, are what the answer starts from. Plain models: no collectives in here.
+
+Shapes: B rows, T positions, H hidden size, V vocabulary, N label positions of all rows;
+K heads of keys and D their size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from pocl_dist.models.generation import Sampling, generate_answers, mean_cross_entropies
+from pocl_dist.models.heads import backbone_module, head_logits, lm_head
+from pocl_dist.records import IGNORE_INDEX, Batch, EncodedExample, LMHead
+
+# Padded tokens of one forward over prompts and references. A bound of its own, because answering
+# is quickest with many rows at once, and a forward over long rows with few.
+FORWARD_TOKENS = 4096
+# Label positions whose logits exist at once.
+HEAD_TOKENS = 256
+# Finished rows leave when they are this share: each time, the cache of the others is copied.
+FINISHED_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A row's greedy answer and the mean cross-entropy of its reference in nats, fp32."""
+
+    answer: str
+    cross_entropy: float
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room for the tokens to come.
+
+    Its base copies all that it holds for every new token: at 64 rows of 200 tokens twice the
+    traffic of the weights of a small model.
+    """
+
+    def __init__(self, keys_BKTD: torch.Tensor, values_BKTD: torch.Tensor, num_held: int) -> None:
+        super().__init__()
+        self.dtype, self.device = keys_BKTD.dtype, keys_BKTD.device
+        self.is_initialized = True
+        self._room = (keys_BKTD, values_BKTD)
+        self._show(num_held)
+
+    def _show(self, num_held: int) -> None:
+        self.keys, self.values = (tensor[:, :, :num_held] for tensor in self._room)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the new positions (B, K, T, D) in place; returns all keys and values."""
+        assert self.keys is not None and self.values is not None
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        self._room[0][:, :, start:end] = key_states
+        self._room[1][:, :, start:end] = value_states
+        self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows only."""
+        assert self.keys is not None
+        num_held = self.keys.shape[2]
+        self._room = (self._room[0][indices], self._room[1][indices])
+        self._show(num_held)
+
+
+@dataclass
+class _Prompts:
+    """What is left of the forward passes: where every answer starts from, row by row."""
+
+    hidden_H: list[torch.Tensor]  # of the last position of each prompt
+    lengths: list[int]
+    keys_KTD: list[list[torch.Tensor]]  # [row][layer], without padding and reference
+    values_KTD: list[list[torch.Tensor]]
+
+
+def answer_and_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EncodedExample],
+    batch: Batch,
+    max_new_tokens: int,
+) -> list[AnsweredRow]:
+    """Returns answer and cross-entropy of each row; `batch` is `examples` collated.
+
+    Models whose cache is not keys and values alone (state space, chunked attention) take two
+    passes: one that scores, one that answers.
+    """
+    if not _has_plain_cache(model):
+        cross_entropies = mean_cross_entropies(model, batch, len(tokenizer))
+        prompts = [example.prompt_ids for example in examples]
+        answers = generate_answers(model, tokenizer, prompts, Sampling(max_new_tokens))
+        return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]
+    batch = batch.to(next(model.parameters()).device)
+    head = lm_head(model, len(tokenizer))
+    head = replace(head, weight_VH=head.weight_VH.float())  # once, not for every token
+    prompts_left = _Prompts([], [], [], [])
+    cross_entropies = []
+    with torch.no_grad():
+        for start, end in _forward_cuts(examples):
+            cross_entropies += _score(model, head, examples, batch, start, end, prompts_left)
+        tokens = _continue(model, head, prompts_left, int(tokenizer.eos_token_id), max_new_tokens)  # type: ignore[arg-type]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    answers = [text.strip() for text in texts]
+    return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]
+
+
+def _has_plain_cache(model: PreTrainedModel) -> bool:
+    """Returns whether each layer keeps keys and values of its own, of all positions or a window."""
+    layers = DynamicCache(config=model.config).layers
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
+    return (
+        all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        and set(kinds) <= {"full_attention", "sliding_attention"}
+        and not getattr(model.config, "num_kv_shared_layers", 0)
+    )
+
+
+def _forward_cuts(examples: Sequence[EncodedExample]) -> list[tuple[int, int]]:
+    """Returns (first row, end) of each forward pass: at most FORWARD_TOKENS with padding."""
+    cuts, start, longest = [], 0, 0
+    for index, example in enumerate(examples):
+        longest = max(longest, len(example.token_ids))
+        if index > start and longest * (index + 1 - start) > FORWARD_TOKENS:
+            cuts.append((start, index))
+            start, longest = index, len(example.token_ids)
+    return [*cuts, (start, len(examples))]
+
+
+def _score(
+    model: PreTrainedModel,
+    head: LMHead,
+    examples: Sequence[EncodedExample],
+    batch: Batch,
+    start: int,
+    end: int,
+    prompts: _Prompts,
+) -> list[float]:
+    """Returns the cross-entropies of the rows from `start` to `end`; adds them to `prompts`."""
+    longest = int(batch.attention_mask_BT[start:end].sum(1).max())
+    labels_BT = batch.labels_BT[start:end, :longest]
+    # Not the cache that the config asks for: layers with a window would have dropped positions.
+    cache = DynamicCache()
+    outputs = backbone_module(model)(
+        input_ids=batch.input_ids_BT[start:end, :longest],
+        attention_mask=batch.attention_mask_BT[start:end, :longest],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    hidden_BTH = outputs.last_hidden_state
+    for row, example in enumerate(examples[start:end]):
+        length = example.num_prompt_tokens
+        prompts.hidden_H.append(hidden_BTH[row, length - 1].clone())
+        prompts.lengths.append(length)
+        prompts.keys_KTD.append([layer.keys[row, :, :length].clone() for layer in cache.layers])
+        prompts.values_KTD.append([layer.values[row, :, :length].clone() for layer in cache.layers])
+    is_label_BT = labels_BT != IGNORE_INDEX
+    losses = [
+        torch.nn.functional.cross_entropy(head_logits(hidden_NH, head), labels_N, reduction="none")
+        for hidden_NH, labels_N in zip(
+            hidden_BTH[is_label_BT].split(HEAD_TOKENS),
+            labels_BT[is_label_BT].split(HEAD_TOKENS),
+            strict=True,
+        )
+    ]
+    per_row = torch.cat(losses).split(is_label_BT.sum(1).tolist())
+    return [float(losses_N.mean()) for losses_N in per_row]
+
+
+def _roomy_cache(prompts: _Prompts, room: int) -> Cache:
+    """Returns a cache that holds all prompts, padded on the left, with room for `room` tokens."""
+    longest = max(prompts.lengths)
+    layers = []
+    for index in range(len(prompts.keys_KTD[0])):
+        pair = []
+        for rows in (prompts.keys_KTD, prompts.values_KTD):
+            num_heads, _, size = rows[0][index].shape
+            # Zeros, not empty: what is masked out must be finite all the same.
+            tensor = rows[0][index].new_zeros((len(rows), num_heads, longest + room, size))
+            for row, length in enumerate(prompts.lengths):
+                tensor[row, :, longest - length : longest] = rows[row][index]
+                rows[row][index] = rows[row][index][:, :0]  # so that no two copies add up
+            pair.append(tensor)
+        layers.append(_RoomyLayer(*pair, num_held=longest))
+    return Cache(layers=layers)
+
+
+def _continue(
+    model: PreTrainedModel, head: LMHead, prompts: _Prompts, eos_id: int, max_new_tokens: int
+) -> list[list[int]]:
+    """Returns the most likely next tokens of each prompt, up to eos, which is left out."""
+    hidden_BH = torch.stack(prompts.hidden_H)
+    device, longest = hidden_BH.device, max(prompts.lengths)
+    cache = _roomy_cache(prompts, max_new_tokens - 1)
+    lengths_B = torch.tensor(prompts.lengths, device=device)
+    columns_T = torch.arange(longest + max_new_tokens, device=device)
+    mask_BT = (columns_T >= longest - lengths_B[:, None]).long()
+    backbone = backbone_module(model)
+    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+    tokens: list[list[int]] = [[] for _ in prompts.lengths]
+    rows = list(range(len(tokens)))  # that are in the batch
+    is_open = [True] * len(tokens)
+    for step in range(max_new_tokens):
+        next_B = head_logits(hidden_BH, head).argmax(-1)
+        for row, token in zip(rows, next_B.tolist(), strict=True):
+            is_open[row] &= token != eos_id
+            if is_open[row]:
+                tokens[row].append(token)
+        kept = [place for place, row in enumerate(rows) if is_open[row]]
+        if not kept or step == max_new_tokens - 1:
+            break
+        if len(kept) <= (1 - FINISHED_SHARE) * len(rows):
+            index_B = torch.tensor(kept, device=device)
+            cache.batch_select_indices(index_B)
+            next_B, lengths_B, mask_BT = next_B[index_B], lengths_B[index_B], mask_BT[index_B]
+            rows = [rows[place] for place in kept]
+        outputs = backbone(
+            input_ids=next_B[:, None],
+            attention_mask=mask_BT[:, : longest + step + 1],
+            past_key_values=cache,
+            use_cache=True,
+            **({"position_ids": (lengths_B + step)[:, None]} if takes_positions else {}),
+        )
+        hidden_BH = outputs.last_hidden_state[:, -1]
+    return tokens
