@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,8 @@ from pocl_dist.records import IGNORE_INDEX, Batch, EncodedExample, LMHead
 FORWARD_TOKENS = 4096
 # Label positions whose logits exist at once.
 HEAD_TOKENS = 256
+# A shorter common beginning of the prompts is not worth a forward of its own.
+SHORTEST_PREFIX = 8
 # Finished rows leave when they are this share: each time, the cache of the others is copied.
 FINISHED_SHARE = 0.25
 
@@ -81,8 +84,7 @@ class _Prompts:
 
     hidden_H: list[torch.Tensor]  # of the last position of each prompt
     lengths: list[int]
-    keys_KTD: list[list[torch.Tensor]]  # [row][layer], without padding and reference
-    values_KTD: list[list[torch.Tensor]]
+    layers: list[list[tuple[torch.Tensor, torch.Tensor]]]  # [row][layer]: keys, values (K, T, D)
 
 
 def answer_and_score(
@@ -94,23 +96,30 @@ def answer_and_score(
 ) -> list[AnsweredRow]:
     """Returns answer and cross-entropy of each row; `batch` is `examples` collated.
 
+    1. what all prompts begin with goes through the backbone once; 2. so do the rest of each prompt
+    and its reference, for the cross-entropies; 3. the answers go on from the prompts, all at once.
     Models whose cache is not keys and values alone (state space, chunked attention) take two
     passes: one that scores, one that answers.
     """
     if not _has_plain_cache(model):
         cross_entropies = mean_cross_entropies(model, batch, len(tokenizer))
-        prompts = [example.prompt_ids for example in examples]
-        answers = generate_answers(model, tokenizer, prompts, Sampling(max_new_tokens))
+        ids = [example.prompt_ids for example in examples]
+        answers = generate_answers(model, tokenizer, ids, Sampling(max_new_tokens))
         return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]
     batch = batch.to(next(model.parameters()).device)
     head = lm_head(model, len(tokenizer))
     head = replace(head, weight_VH=head.weight_VH.float())  # once, not for every token
-    prompts_left = _Prompts([], [], [], [])
+    prompts = _Prompts([], [], [])
     cross_entropies = []
     with torch.no_grad():
+        prefix = _prefix_cache(model, examples, batch)
         for start, end in _forward_cuts(examples):
-            cross_entropies += _score(model, head, examples, batch, start, end, prompts_left)
-        tokens = _continue(model, head, prompts_left, int(tokenizer.eos_token_id), max_new_tokens)  # type: ignore[arg-type]
+            cut = slice(start, end)
+            cross_entropies += _score(
+                model, head, examples[cut], _rows(batch, cut), prefix, prompts
+            )
+        eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        tokens = _continue(model, head, prompts, eos_id, max_new_tokens)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     answers = [text.strip() for text in texts]
     return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]
@@ -138,33 +147,78 @@ def _forward_cuts(examples: Sequence[EncodedExample]) -> list[tuple[int, int]]:
     return [*cuts, (start, len(examples))]
 
 
+def _rows(batch: Batch, cut: slice) -> Batch:
+    """Returns some rows of a batch, without the columns that are padding in all of them."""
+    mask_BT = batch.attention_mask_BT[cut]
+    longest = int(mask_BT.sum(1).max())
+    columns = (cut, slice(longest))
+    return Batch(
+        batch.input_ids_BT[columns],
+        mask_BT[:, :longest],
+        batch.labels_BT[columns],
+        batch.num_tokens,
+    )
+
+
+def _layers(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns keys and values (B, K, T, D) of each layer."""
+    return cast("list[tuple[torch.Tensor, torch.Tensor]]", [pair[:2] for pair in cache])  # type: ignore[attr-defined]
+
+
+def _prefix_cache(
+    model: PreTrainedModel, examples: Sequence[EncodedExample], batch: Batch
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns keys and values (1, K, T, D) of what all prompts begin with: the template's head.
+
+    Empty where that is short. The last token of a prompt is never part of it.
+    """
+    length = min(example.num_prompt_tokens for example in examples) - 1
+    is_same_T = (batch.input_ids_BT[:, :length] == batch.input_ids_BT[:1, :length]).all(0)
+    length = int(is_same_T.long().cumprod(0).sum())
+    if length < SHORTEST_PREFIX or len(examples) == 1:
+        return []
+    cache = DynamicCache()
+    backbone_module(model)(
+        input_ids=batch.input_ids_BT[:1, :length],
+        attention_mask=batch.attention_mask_BT[:1, :length],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return _layers(cache)
+
+
 def _score(
     model: PreTrainedModel,
     head: LMHead,
     examples: Sequence[EncodedExample],
     batch: Batch,
-    start: int,
-    end: int,
+    prefix: list[tuple[torch.Tensor, torch.Tensor]],
     prompts: _Prompts,
 ) -> list[float]:
-    """Returns the cross-entropies of the rows from `start` to `end`; adds them to `prompts`."""
-    longest = int(batch.attention_mask_BT[start:end].sum(1).max())
-    labels_BT = batch.labels_BT[start:end, :longest]
+    """Returns the rows' cross-entropies, and adds to `prompts` what their answers start from."""
     # Not the cache that the config asks for: layers with a window would have dropped positions.
     cache = DynamicCache()
+    for index, pair in enumerate(prefix):
+        cache.update(*(tensor.expand(len(examples), -1, -1, -1) for tensor in pair), index)  # type: ignore[call-arg,arg-type]
+    start = prefix[0][0].shape[2] if prefix else 0
     outputs = backbone_module(model)(
-        input_ids=batch.input_ids_BT[start:end, :longest],
-        attention_mask=batch.attention_mask_BT[start:end, :longest],
+        input_ids=batch.input_ids_BT[:, start:],
+        attention_mask=batch.attention_mask_BT,
         past_key_values=cache,
         use_cache=True,
     )
-    hidden_BTH = outputs.last_hidden_state
-    for row, example in enumerate(examples[start:end]):
+    hidden_BTH, labels_BT = outputs.last_hidden_state, batch.labels_BT[:, start:]
+    layers = _layers(cache)
+    for row, example in enumerate(examples):
         length = example.num_prompt_tokens
-        prompts.hidden_H.append(hidden_BTH[row, length - 1].clone())
+        prompts.hidden_H.append(hidden_BTH[row, length - 1 - start].clone())
         prompts.lengths.append(length)
-        prompts.keys_KTD.append([layer.keys[row, :, :length].clone() for layer in cache.layers])
-        prompts.values_KTD.append([layer.values[row, :, :length].clone() for layer in cache.layers])
+        prompts.layers.append(
+            [
+                (keys[row, :, :length].clone(), values[row, :, :length].clone())
+                for keys, values in layers
+            ]
+        )
     is_label_BT = labels_BT != IGNORE_INDEX
     losses = [
         torch.nn.functional.cross_entropy(head_logits(hidden_NH, head), labels_N, reduction="none")
@@ -179,21 +233,23 @@ def _score(
 
 
 def _roomy_cache(prompts: _Prompts, room: int) -> Cache:
-    """Returns a cache that holds all prompts, padded on the left, with room for `room` tokens."""
+    """Returns a cache that holds all prompts, padded on the left, with room for `room` tokens.
+
+    Empties `prompts.layers` as it goes, so that no two copies of the whole exist.
+    """
     longest = max(prompts.lengths)
-    layers = []
-    for index in range(len(prompts.keys_KTD[0])):
-        pair = []
-        for rows in (prompts.keys_KTD, prompts.values_KTD):
-            num_heads, _, size = rows[0][index].shape
-            # Zeros, not empty: what is masked out must be finite all the same.
-            tensor = rows[0][index].new_zeros((len(rows), num_heads, longest + room, size))
-            for row, length in enumerate(prompts.lengths):
-                tensor[row, :, longest - length : longest] = rows[row][index]
-                rows[row][index] = rows[row][index][:, :0]  # so that no two copies add up
-            pair.append(tensor)
-        layers.append(_RoomyLayer(*pair, num_held=longest))
-    return Cache(layers=layers)
+    layers: list[_RoomyLayer] = []
+    while prompts.layers[0]:
+        rows = [of_row.pop(0) for of_row in prompts.layers]
+        num_heads, _, size = rows[0][0].shape
+        shape = (len(rows), num_heads, longest + room, size)
+        # Zeros, not empty: what is masked out must be finite all the same.
+        keys_BKTD, values_BKTD = rows[0][0].new_zeros(shape), rows[0][1].new_zeros(shape)
+        for row, (keys_KTD, values_KTD) in enumerate(rows):
+            held = slice(longest - prompts.lengths[row], longest)
+            keys_BKTD[row, :, held], values_BKTD[row, :, held] = keys_KTD, values_KTD
+        layers.append(_RoomyLayer(keys_BKTD, values_BKTD, num_held=longest))
+    return Cache(layers=layers)  # type: ignore[arg-type]
 
 
 def _continue(

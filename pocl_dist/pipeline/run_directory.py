@@ -53,6 +53,11 @@ class RunDirectory:
         return self.root / "init_student"
 
     @property
+    def generated(self) -> Path:
+        """The teacher's answers as a data set, and the shards that it is made of."""
+        return self.root / "generated"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder per checkpoint."""
         return self.root / "checkpoints"

@@ -150,7 +150,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         coordinator.progress = Progress(**checkpoint.state)  # type: ignore[arg-type]
     engine = _student_engine(config, rank, student, tokenizer, checkpoint)
     teacher: Teacher | None = None
-    if teacher_folder is not None:
+    if teacher_folder is not None and any(stage.kd_ratio > 0 for stage in plan.stages):
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
     resume_step = -1 if checkpoint is None else checkpoint.step
