@@ -101,7 +101,7 @@ def answer_and_score(
     Models whose cache is not keys and values alone (state space, chunked attention) take two
     passes: one that scores, one that answers.
     """
-    if not _has_plain_cache(model):
+    if not can_share_forward(model):
         cross_entropies = mean_cross_entropies(model, batch, len(tokenizer))
         ids = [example.prompt_ids for example in examples]
         answers = generate_answers(model, tokenizer, ids, Sampling(max_new_tokens))
@@ -125,12 +125,17 @@ def answer_and_score(
     return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]
 
 
-def _has_plain_cache(model: PreTrainedModel) -> bool:
-    """Returns whether each layer keeps keys and values of its own, of all positions or a window."""
+def can_share_forward(model: PreTrainedModel) -> bool:
+    """Returns whether keys and values of a prompt can be moved to where its answer goes on.
+
+    So it is when each layer keeps its own, of all positions or a window, and positions are given.
+    """
+    takes_positions = "position_ids" in inspect.signature(backbone_module(model).forward).parameters
     layers = DynamicCache(config=model.config).layers
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
     return (
-        all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        takes_positions
+        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         and set(kinds) <= {"full_attention", "sliding_attention"}
         and not getattr(model.config, "num_kv_shared_layers", 0)
     )
@@ -263,7 +268,6 @@ def _continue(
     columns_T = torch.arange(longest + max_new_tokens, device=device)
     mask_BT = (columns_T >= longest - lengths_B[:, None]).long()
     backbone = backbone_module(model)
-    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
     tokens: list[list[int]] = [[] for _ in prompts.lengths]
     rows = list(range(len(tokens)))  # that are in the batch
     is_open = [True] * len(tokens)
@@ -286,7 +290,7 @@ def _continue(
             attention_mask=mask_BT[:, : longest + step + 1],
             past_key_values=cache,
             use_cache=True,
-            **({"position_ids": (lengths_B + step)[:, None]} if takes_positions else {}),
+            position_ids=(lengths_B + step)[:, None],
         )
         hidden_BH = outputs.last_hidden_state[:, -1]
     return tokens
