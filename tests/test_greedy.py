@@ -27,6 +27,7 @@ from transformers import (
 from pocl_dist.data.encoding import collate
 from pocl_dist.models import greedy
 from pocl_dist.models.greedy import AnsweredRow, answer_and_score
+from pocl_dist.models.prompt_cache import can_share_forward
 from pocl_dist.records import EncodedExample
 from tests.tiny import make_tokenizer
 
@@ -114,7 +115,7 @@ def test_answers_and_scores_of_a_family_are_those_of_token_by_token(
 ) -> None:
     monkeypatch.setattr(greedy, "FORWARD_TOKENS", 70)  # several forwards, one of them ragged
     model, rows = make(name), examples(11)
-    assert greedy.can_share_forward(model) == (name != "mamba")
+    assert can_share_forward(model) == (name != "mamba")
     found = run(model, rows)
     lengths = set()
     for row, answered in zip(rows, found, strict=True):

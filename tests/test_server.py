@@ -19,7 +19,8 @@ import pytest
 
 from pocl_dist.config import load_config
 from pocl_dist.difficulty import server as client
-from pocl_dist.difficulty.server import Server, ServerPrompt, ask, ask_all, check_reachable
+from pocl_dist.difficulty.server import Server, ServerPrompt, ask, check_reachable
+from pocl_dist.difficulty.server_pool import ask_all
 from pocl_dist.errors import (
     ConfigError,
     MismatchError,

@@ -103,6 +103,10 @@ def _check_passes(config: Config) -> None:
         for key in server_keys[:2]:
             if getattr(measure, key) is None:
                 raise ConfigError(f"measure.{key}: is required with measure.engine 'server'")
+        if not (measure.server_url or "").startswith(("http://", "https://")):
+            raise ConfigError(
+                f"measure.server_url: {measure.server_url!r} must begin with http:// or https://"
+            )
         if measure.server_prompt == "messages" and config.data.template != "chat":
             raise ConfigError(
                 "measure.server_prompt: 'messages' needs data.template 'chat': "

@@ -24,7 +24,7 @@ class MeasureConfig(Section):
     engine: Literal["local", "server"] = "local"
     """`local`: Ray actors; `server`: an OpenAI-compatible server (vLLM, SGLang, TGI) that has the
     same student. Cross-entropy comes from the actors in both cases."""
-    server_url: Annotated[Text, Field(pattern=r"^https?://[^\s/]+")] | None = None
+    server_url: Text | None = None
     """Base of its API with the version, e.g. `http://127.0.0.1:8000/v1`."""
     server_model: Text | None = None
     """The student's name on the server."""

@@ -9,17 +9,15 @@ K heads of keys and D their size.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from pocl_dist.models.generation import Sampling, generate_answers, mean_cross_entropies
 from pocl_dist.models.heads import backbone_module, head_logits, lm_head
+from pocl_dist.models.prompt_cache import Prompts, can_share_forward, layers_of, roomy_cache
 from pocl_dist.records import IGNORE_INDEX, Batch, EncodedExample, LMHead
 
 # Padded tokens of one forward over prompts and references. A bound of its own, because answering
@@ -39,52 +37,6 @@ class AnsweredRow:
 
     answer: str
     cross_entropy: float
-
-
-class _RoomyLayer(DynamicLayer):
-    """A cache layer with room for the tokens to come.
-
-    Its base copies all that it holds for every new token: at 64 rows of 200 tokens twice the
-    traffic of the weights of a small model.
-    """
-
-    def __init__(self, keys_BKTD: torch.Tensor, values_BKTD: torch.Tensor, num_held: int) -> None:
-        super().__init__()
-        self.dtype, self.device = keys_BKTD.dtype, keys_BKTD.device
-        self.is_initialized = True
-        self._room = (keys_BKTD, values_BKTD)
-        self._show(num_held)
-
-    def _show(self, num_held: int) -> None:
-        self.keys, self.values = (tensor[:, :, :num_held] for tensor in self._room)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the new positions (B, K, T, D) in place; returns all keys and values."""
-        assert self.keys is not None and self.values is not None
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        self._room[0][:, :, start:end] = key_states
-        self._room[1][:, :, start:end] = value_states
-        self._show(end)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows only."""
-        assert self.keys is not None
-        num_held = self.keys.shape[2]
-        self._room = (self._room[0][indices], self._room[1][indices])
-        self._show(num_held)
-
-
-@dataclass
-class _Prompts:
-    """What is left of the forward passes: where every answer starts from, row by row."""
-
-    hidden_H: list[torch.Tensor]  # of the last position of each prompt
-    lengths: list[int]
-    layers: list[list[tuple[torch.Tensor, torch.Tensor]]]  # [row][layer]: keys, values (K, T, D)
 
 
 def answer_and_score(
@@ -109,7 +61,7 @@ def answer_and_score(
     batch = batch.to(next(model.parameters()).device)
     head = lm_head(model, len(tokenizer))
     head = replace(head, weight_VH=head.weight_VH.float())  # once, not for every token
-    prompts = _Prompts([], [], [])
+    prompts = Prompts([], [], [])
     cross_entropies = []
     with torch.no_grad():
         prefix = _prefix_cache(model, examples, batch)
@@ -123,22 +75,6 @@ def answer_and_score(
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     answers = [text.strip() for text in texts]
     return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]
-
-
-def can_share_forward(model: PreTrainedModel) -> bool:
-    """Returns whether keys and values of a prompt can be moved to where its answer goes on.
-
-    So it is when each layer keeps its own, of all positions or a window, and positions are given.
-    """
-    takes_positions = "position_ids" in inspect.signature(backbone_module(model).forward).parameters
-    layers = DynamicCache(config=model.config).layers
-    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
-    return (
-        takes_positions
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-        and set(kinds) <= {"full_attention", "sliding_attention"}
-        and not getattr(model.config, "num_kv_shared_layers", 0)
-    )
 
 
 def _forward_cuts(examples: Sequence[EncodedExample]) -> list[tuple[int, int]]:
@@ -165,11 +101,6 @@ def _rows(batch: Batch, cut: slice) -> Batch:
     )
 
 
-def _layers(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns keys and values (B, K, T, D) of each layer."""
-    return cast("list[tuple[torch.Tensor, torch.Tensor]]", [pair[:2] for pair in cache])  # type: ignore[attr-defined]
-
-
 def _prefix_cache(
     model: PreTrainedModel, examples: Sequence[EncodedExample], batch: Batch
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -189,7 +120,7 @@ def _prefix_cache(
         past_key_values=cache,
         use_cache=True,
     )
-    return _layers(cache)
+    return layers_of(cache)
 
 
 def _score(
@@ -198,7 +129,7 @@ def _score(
     examples: Sequence[EncodedExample],
     batch: Batch,
     prefix: list[tuple[torch.Tensor, torch.Tensor]],
-    prompts: _Prompts,
+    prompts: Prompts,
 ) -> list[float]:
     """Returns the rows' cross-entropies, and adds to `prompts` what their answers start from."""
     # Not the cache that the config asks for: layers with a window would have dropped positions.
@@ -213,7 +144,7 @@ def _score(
         use_cache=True,
     )
     hidden_BTH, labels_BT = outputs.last_hidden_state, batch.labels_BT[:, start:]
-    layers = _layers(cache)
+    layers = layers_of(cache)
     for row, example in enumerate(examples):
         length = example.num_prompt_tokens
         prompts.hidden_H.append(hidden_BTH[row, length - 1 - start].clone())
@@ -237,33 +168,13 @@ def _score(
     return [float(losses_N.mean()) for losses_N in per_row]
 
 
-def _roomy_cache(prompts: _Prompts, room: int) -> Cache:
-    """Returns a cache that holds all prompts, padded on the left, with room for `room` tokens.
-
-    Empties `prompts.layers` as it goes, so that no two copies of the whole exist.
-    """
-    longest = max(prompts.lengths)
-    layers: list[_RoomyLayer] = []
-    while prompts.layers[0]:
-        rows = [of_row.pop(0) for of_row in prompts.layers]
-        num_heads, _, size = rows[0][0].shape
-        shape = (len(rows), num_heads, longest + room, size)
-        # Zeros, not empty: what is masked out must be finite all the same.
-        keys_BKTD, values_BKTD = rows[0][0].new_zeros(shape), rows[0][1].new_zeros(shape)
-        for row, (keys_KTD, values_KTD) in enumerate(rows):
-            held = slice(longest - prompts.lengths[row], longest)
-            keys_BKTD[row, :, held], values_BKTD[row, :, held] = keys_KTD, values_KTD
-        layers.append(_RoomyLayer(keys_BKTD, values_BKTD, num_held=longest))
-    return Cache(layers=layers)  # type: ignore[arg-type]
-
-
 def _continue(
-    model: PreTrainedModel, head: LMHead, prompts: _Prompts, eos_id: int, max_new_tokens: int
+    model: PreTrainedModel, head: LMHead, prompts: Prompts, eos_id: int, max_new_tokens: int
 ) -> list[list[int]]:
     """Returns the most likely next tokens of each prompt, up to eos, which is left out."""
     hidden_BH = torch.stack(prompts.hidden_H)
     device, longest = hidden_BH.device, max(prompts.lengths)
-    cache = _roomy_cache(prompts, max_new_tokens - 1)
+    cache = roomy_cache(prompts, max_new_tokens - 1)
     lengths_B = torch.tensor(prompts.lengths, device=device)
     columns_T = torch.arange(longest + max_new_tokens, device=device)
     mask_BT = (columns_T >= longest - lengths_B[:, None]).long()

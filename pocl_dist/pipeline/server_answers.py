@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
-from pocl_dist.difficulty.server import Server, ServerPrompt, ask, ask_all, check_reachable
+from pocl_dist.difficulty.server import Server, ServerPrompt, ask, check_reachable
+from pocl_dist.difficulty.server_pool import ask_all
 from pocl_dist.difficulty.work import WorkBatch, WorkShard, make_shards
 from pocl_dist.errors import ConfigError, DataError, MismatchError, StoppedError
 from pocl_dist.files import atomic_write_json, read_json
