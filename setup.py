@@ -48,7 +48,18 @@ setup(
     ],
     extras_require={
         "track": ["tensorboard>=2.18"],
-        "dev": ["pytest>=8", "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "wheel", "setuptools>=77"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "types-PyYAML",
+            "wheel",
+            "setuptools>=77",
+            # what `transformers serve` needs: the server engine of measure is tested against it
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "openai>=2.0",
+        ],
     },
     entry_points={"console_scripts": ["pocl-dist=pocl_dist.cli:main"]},
     classifiers=[

@@ -33,6 +33,7 @@ CONFIG_COMMANDS = {
     "run": "all steps that the config needs; trains one student",
     "init-student": "make the student by cutting layers from the teacher "
     "(models.student.init_layers)",
+    "generate": "write the teacher's answers to the training prompts as a data set (Ray)",
     "measure": "score every training row with the student before training (Ray)",
     "plan": "rank the rows, cut the stages, set temperature and KD ratio",
     "cache": "let the teacher answer every training row once (teacher.source: cache_*)",
@@ -45,6 +46,7 @@ CONFIG_COMMANDS = {
 STEP_FUNCTIONS = {
     "run": ("run", "run_all"),
     "init-student": ("init_student", "init_student"),
+    "generate": ("generate", "generate"),
     "measure": ("measure", "measure"),
     "plan": ("plan", "make_plan"),
     "cache": ("cache", "cache"),

@@ -4,7 +4,13 @@ from pocl_dist.config.curriculum_sections import CurriculumConfig, ScheduleConfi
 from pocl_dist.config.input_sections import DataConfig, LoRAConfig, ModelConfig, StudentConfig
 from pocl_dist.config.keys import compare_inputs, flatten, select_keys
 from pocl_dist.config.load import dump_config, load_config
-from pocl_dist.config.pass_sections import EvaluateConfig, GenerationConfig, RayConfig
+from pocl_dist.config.pass_sections import (
+    EvaluateConfig,
+    GenerateConfig,
+    GenerationConfig,
+    MeasureConfig,
+    RayConfig,
+)
 from pocl_dist.config.schema import Config
 from pocl_dist.config.training_sections import (
     CheckpointConfig,
@@ -21,9 +27,11 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluateConfig",
+    "GenerateConfig",
     "GenerationConfig",
     "LoRAConfig",
     "LossConfig",
+    "MeasureConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PolicyConfig",

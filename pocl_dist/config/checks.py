@@ -143,6 +143,32 @@ def _check_full_logits(config: Config) -> None:
         )
 
 
+def _check_passes(config: Config) -> None:
+    measure = config.measure
+    server_keys = ("server_url", "server_model", "server_key_variable")
+    if measure.engine == "server":
+        for key in server_keys[:2]:
+            if getattr(measure, key) is None:
+                raise ConfigError(f"measure.{key}: is required with measure.engine 'server'")
+        if not (measure.server_url or "").startswith(("http://", "https://")):
+            raise ConfigError(
+                f"measure.server_url: {measure.server_url!r} must begin with http:// or https://"
+            )
+        if measure.server_prompt == "messages" and config.data.template != "chat":
+            raise ConfigError(
+                "measure.server_prompt: 'messages' needs data.template 'chat': "
+                "the server renders them with the tokenizer's chat template"
+            )
+    else:
+        for key in server_keys:
+            if getattr(measure, key) is not None:
+                raise ConfigError(f"measure.{key}: needs measure.engine 'server'")
+    if config.data.responses == "teacher" and config.models.teacher is None:
+        raise ConfigError("data.responses: 'teacher' needs models.teacher")
+    if config.generate.output is not None and not config.generate.output.endswith(".jsonl"):
+        raise ConfigError(f"generate.output: {config.generate.output!r} must end in .jsonl")
+
+
 def check_config(config: Config) -> None:
     """Raises ConfigError (64) for keys that contradict each other."""
     curriculum = config.curriculum
@@ -152,6 +178,7 @@ def check_config(config: Config) -> None:
     _check_data(config)
     _check_engine(config)
     _check_full_logits(config)
+    _check_passes(config)
     _check_schedule(
         "curriculum.temperature", curriculum.temperature, curriculum.num_stages, 1e-3, 1e3
     )

@@ -76,6 +76,9 @@ class DataConfig(Section):
     """Use the first rows of `dev` only."""
     eval_limit: Annotated[int, Field(ge=1)] | None = None
     """Use the first rows of each test set only."""
+    responses: Literal["references", "teacher"] = "references"
+    """`teacher` (SeqKD): train on the teacher's answers to the prompts of `train`, which `generate`
+    writes, instead of on the rows' own responses."""
     template: Text = "alpaca"
     """`alpaca` (as published), `short`, `chat` (the tokenizer's), or text with `{prompt}` in it."""
     max_tokens: Annotated[int, Field(ge=2)] = 512

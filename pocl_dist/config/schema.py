@@ -12,7 +12,13 @@ from pydantic import Field
 
 from pocl_dist.config.curriculum_sections import CurriculumConfig, DevConfig
 from pocl_dist.config.input_sections import DataConfig, ModelsConfig
-from pocl_dist.config.pass_sections import EvaluateConfig, GenerationConfig, RayConfig
+from pocl_dist.config.pass_sections import (
+    EvaluateConfig,
+    GenerateConfig,
+    GenerationConfig,
+    MeasureConfig,
+    RayConfig,
+)
 from pocl_dist.config.section import Section, Text
 from pocl_dist.config.training_sections import (
     CheckpointConfig,
@@ -40,6 +46,8 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     generation: GenerationConfig = GenerationConfig()
+    measure: MeasureConfig = MeasureConfig()
+    generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     teacher: TeacherConfig = TeacherConfig()
     policy: PolicyConfig = PolicyConfig()

@@ -77,11 +77,8 @@ class Encoder:
         return Prompt(before, content, after)
 
     def _render_chat(self, example: Example) -> Prompt:
-        content = (
-            f"{example.prompt}\n{example.context}" if example.context else example.prompt
-        ).strip()
-        messages = [{"role": role, "content": text} for role, text in example.history]
-        messages.append({"role": "user", "content": content})
+        messages = chat_messages(example)
+        content = messages[-1]["content"]
         try:
             text = str(
                 self.tokenizer.apply_chat_template(
@@ -142,6 +139,13 @@ class Encoder:
             is_prompt_cut=is_prompt_cut,
             is_response_cut=len(response_ids) > room,
         )
+
+
+def chat_messages(example: Example) -> list[dict[str, str]]:
+    """Returns an example's messages up to the question, as a chat template takes them."""
+    content = f"{example.prompt}\n{example.context}" if example.context else example.prompt
+    messages = [{"role": role, "content": text} for role, text in example.history]
+    return [*messages, {"role": "user", "content": content.strip()}]
 
 
 def _without_oldest_turn(history: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:

@@ -20,6 +20,7 @@ class WorkBatch:
     index: int
     examples: tuple[EncodedExample, ...]
     references: tuple[tuple[str, ...], ...]  # beside the examples
+    answers: tuple[str, ...] | None = None  # of a server; None: the worker's model answers
 
     def seed(self, pass_seed: int) -> int:
         """Returns the batch's own seed, so that no two batches of a pass draw the same numbers."""
@@ -45,10 +46,21 @@ class WorkShard:
 
 
 def make_batches(
-    examples: Iterable[EncodedExample], references: Mapping[str, tuple[str, ...]], batch_size: int
+    examples: Iterable[EncodedExample],
+    references: Mapping[str, tuple[str, ...]],
+    batch_size: int,
+    is_scored: bool = False,
 ) -> tuple[WorkBatch, ...]:
-    """Returns all rows sorted by prompt length, then id, cut into batches; `references` by id."""
-    rows = sorted(examples, key=lambda example: (example.num_prompt_tokens, example.example_id))
+    """Returns all rows sorted by length, then id, cut into batches; `references` by id.
+
+    The length is that of the prompt; where references are scored, of prompt and response.
+    """
+
+    def place(example: EncodedExample) -> tuple[int, str]:
+        length = len(example.token_ids) if is_scored else example.num_prompt_tokens
+        return length, example.example_id
+
+    rows = sorted(examples, key=place)
     cuts = [tuple(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     return tuple(
         WorkBatch(index, cut, tuple(references[example.example_id] for example in cut))
@@ -57,7 +69,7 @@ def make_batches(
 
 
 def make_shards(batches: Sequence[WorkBatch], shard_size: int) -> tuple[WorkShard, ...]:
-    """Returns shards of at least `shard_size` rows in whole batches, longest prompts first.
+    """Returns shards of at least `shard_size` rows in whole batches, longest rows first.
 
     So a batch that does not fit into memory shows at once, and the end of the
     pass is made of short work.

@@ -11,11 +11,13 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pocl_dist.data.encoding import collate, pad_id_of
 from pocl_dist.difficulty.signals import SIGNALS, AnsweredBatch
 from pocl_dist.difficulty.work import WorkBatch, WorkShard
 from pocl_dist.distributed.process_group import torch_dtype
 from pocl_dist.errors import ConfigError, MismatchError
-from pocl_dist.models.generation import Sampling, generate_answers
+from pocl_dist.models.generation import Sampling, generate_answers, mean_cross_entropies
+from pocl_dist.models.greedy import AnsweredRow, answer_and_score
 from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.sources import ModelFolder, model_digest
 from pocl_dist.records import DifficultyRecord
@@ -104,8 +106,12 @@ class ModelWorker:
 
     def _measure_batch(self, batch: WorkBatch) -> list[DifficultyRecord]:
         model, tokenizer = self._loaded()
-        answers = self._answers(batch, self.settings.sampling)
-        answered = AnsweredBatch(model, tokenizer, batch.examples, batch.references, answers)
+        rows = self._answered_rows(batch)
+        answers = [row.answer for row in rows]
+        cross_entropies = [row.cross_entropy for row in rows]
+        answered = AnsweredBatch(
+            model, tokenizer, batch.examples, batch.references, answers, cross_entropies
+        )
         columns = {name: signal.compute(answered) for name, signal in SIGNALS.items()}
         return [
             DifficultyRecord(
@@ -117,6 +123,15 @@ class ModelWorker:
             for index, example in enumerate(batch.examples)
         ]
 
+    def _answered_rows(self, batch: WorkBatch) -> list[AnsweredRow]:
+        model, tokenizer = self._loaded()
+        inputs = collate(batch.examples, pad_id_of(tokenizer))
+        if batch.answers is None:
+            max_new_tokens = self.settings.sampling.max_new_tokens
+            return answer_and_score(model, tokenizer, batch.examples, inputs, max_new_tokens)
+        cross_entropies = mean_cross_entropies(model, inputs, len(tokenizer))
+        return [AnsweredRow(*pair) for pair in zip(batch.answers, cross_entropies, strict=True)]
+
     def _within_memory(self, work: Callable[[WorkBatch], list[T]], batch: WorkBatch) -> list[T]:
         try:
             return work(batch)
@@ -124,7 +139,7 @@ class ModelWorker:
             # Not halved silently: another padding rounds differently, and the result
             # would depend on the GPU.
             raise ConfigError(
-                f"generation.batch_size: {len(batch.examples)} prompts of up to "
-                f"{batch.examples[-1].num_prompt_tokens} tokens "
+                f"generation.batch_size: {len(batch.examples)} rows of up to "
+                f"{max(len(example.token_ids) for example in batch.examples)} tokens "
                 "do not fit into the device's memory; lower it"
             ) from error

@@ -44,6 +44,10 @@ _INPUT_KEYS = (
     "data.max_tokens",
     "data.max_prompt_tokens",
     "generation",
+    "measure.engine",
+    "measure.server_url",
+    "measure.server_model",
+    "measure.server_prompt",
     "engine.dtype",
     "ray.cpus_per_actor",
 )

@@ -18,6 +18,7 @@ from pocl_dist.files import (
     read_json,
     sha256_file,
 )
+from pocl_dist.pipeline.generated_files import generated_data_set
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ RESULT_KEYS = (
     "models",
     "data.train",
     "data.limit",
+    "data.responses",
     "data.dev",
     "data.dev_limit",
     "data.template",
@@ -72,12 +74,26 @@ def _read(config: Config, source: str, key: str, limit: int | None) -> Rows:
     )
 
 
+def read_prompts(config: Config) -> Rows:
+    """Returns the rows of `data.train`; raises DataError (65) when there are fewer than stages."""
+    return _enough(config, _read(config, config.data.train, "data.train", config.data.limit))
+
+
 def read_train(config: Config) -> Rows:
-    """Returns the training rows; raises DataError (65) when there are fewer than stages."""
-    rows = _read(config, config.data.train, "data.train", config.data.limit)
+    """Returns the training rows: those of `data.train`, or of `generate` (`data.responses`).
+
+    Raises DataError (65) when there are fewer than stages.
+    """
+    if config.data.responses == "references":
+        return read_prompts(config)
+    generated = str(generated_data_set(config))
+    return _enough(config, read_rows(generated, "data.responses"))
+
+
+def _enough(config: Config, rows: Rows) -> Rows:
     if len(rows.examples) < config.curriculum.num_stages:
         raise DataError(
-            f"{config.data.train}: {len(rows.examples)} rows cannot fill curriculum.num_stages "
+            f"{rows.source}: {len(rows.examples)} rows cannot fill curriculum.num_stages "
             f"{config.curriculum.num_stages} stages"
         )
     return rows

@@ -26,6 +26,7 @@ from pocl_dist.pipeline.difficulty_files import (
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source
 from pocl_dist.pipeline.progress import RowProgress, say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
+from pocl_dist.pipeline.server_answers import find_server, with_answers
 from pocl_dist.records import DifficultyRecord, EncodedExample
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def measure(config: Config, run: RunDirectory) -> None:
     """Writes `difficulty/`: one record per training row, then the summary.
 
     1. refuse scores that were made from other inputs; 2. encode all rows and cut them into batches;
-    3. send the batches that are not done to the actors and save each shard; 4. summarise.
+    3. let the server, if the config names one, answer; 4. send the batches that are not done to the
+    actors and save each shard; 5. summarise.
     An interrupted pass goes on with what is missing; a finished one returns at once.
     """
     rows = read_train(config)
@@ -57,12 +59,15 @@ def measure(config: Config, run: RunDirectory) -> None:
         say(f"measure: {len(done)} rows are measured already")
         return
     started = time.monotonic()
+    uses_server = config.measure.engine == "server" and not is_finished
+    server = find_server(config) if uses_server else None
     encoded = _encode(config, rows, source)
     if not is_finished:
         settings = _settings(config, source, str(inputs["models.student model sha256"]))
-        _work_off(
-            config, run, settings, _open_batches(config, rows, encoded, done), len(rows.examples)
-        )
+        batches = _open_batches(config, rows, encoded, done)
+        if server is not None:
+            batches = with_answers(config, run, batches, rows, server)
+        _work_off(config, run, settings, batches, len(rows.examples))
     _summarise(run, encoded, time.monotonic() - started)
 
 
@@ -90,7 +95,7 @@ def _open_batches(
 ) -> list[WorkBatch]:
     """Returns the batches with a row not done. They are whole: a part would pad differently."""
     references = {example.example_id: example.references[:1] for example in rows.examples}
-    batches = make_batches(encoded, references, config.generation.batch_size)
+    batches = make_batches(encoded, references, config.generation.batch_size, is_scored=True)
     return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
 
 

@@ -8,12 +8,14 @@ from pocl_dist.pipeline.cache_inputs import check_top_k
 from pocl_dist.pipeline.inputs import (
     read_dev,
     read_eval_sets,
-    read_train,
+    read_prompts,
     student_source,
     teacher_source,
     write_quarantine,
 )
+from pocl_dist.pipeline.plan import needs_difficulty
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.server_answers import find_server
 
 
 def check_inputs(config: Config, run: RunDirectory) -> None:
@@ -21,13 +23,15 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
 
     Cheap things first: a bad row is known in milliseconds, a tokenizer takes seconds.
     """
-    train, dev, tests = read_train(config), read_dev(config), read_eval_sets(config)
+    train, dev, tests = read_prompts(config), read_dev(config), read_eval_sets(config)
     num_bad = write_quarantine(run, [train, *([dev] if dev else []), *tests.values()])
     if num_bad:
         print(
             f"WARNING: {num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}",
             flush=True,
         )
+    if config.measure.engine == "server" and needs_difficulty(config):
+        find_server(config)
     teacher = teacher_source(config, run)
     from pocl_dist.models.loading import (
         check_same_tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pocl_dist.config import Config
 from pocl_dist.pipeline.cache import cache
 from pocl_dist.pipeline.evaluate import evaluate
+from pocl_dist.pipeline.generate import generate, needs_generate
 from pocl_dist.pipeline.init_student import init_student, needs_init_student
 from pocl_dist.pipeline.launch_local import run_ranks
 from pocl_dist.pipeline.measure import measure
@@ -20,6 +21,8 @@ def steps_of(config: Config) -> list[tuple[str, Step]]:
     steps: list[tuple[str, Step]] = []
     if needs_init_student(config):
         steps.append(("init-student", init_student))
+    if needs_generate(config):
+        steps.append(("generate", generate))
     if needs_difficulty(config):
         steps.append(("measure", measure))
     steps.append(("plan", make_plan))

@@ -58,6 +58,11 @@ class RunDirectory:
         return self.root / "teacher_cache"
 
     @property
+    def generated(self) -> Path:
+        """The teacher's answers as a data set, and the shards that it is made of."""
+        return self.root / "generated"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder per checkpoint."""
         return self.root / "checkpoints"

@@ -158,6 +158,8 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         progress = {name: v for name, v in checkpoint.state.items() if name != "policy"}
         coordinator.progress = Progress(**progress)  # type: ignore[arg-type]
     teacher: Teacher | None = None
+    if policy is None and not any(stage.kd_ratio > 0 for stage in plan.stages):
+        teacher_folder = None  # nothing will be asked of it
     if teacher_folder is not None and config.teacher.source != "online":
         teacher = cached_teacher(config, run, rank, teacher_folder, rows, plan, encoded)
     engine = _student_engine(config, rank, student, tokenizer, checkpoint)

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnsweredBatch:
-    """What a signal may look at: the student, a batch of rows, and the student's greedy answers."""
+    """What a signal may look at: the student, a batch of rows, and what one pass over them gave."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     examples: Sequence[EncodedExample]
     references: Sequence[Sequence[str]]
-    answers: Sequence[str]
+    answers: Sequence[str]  # greedy
+    cross_entropies: Sequence[float]  # mean of the reference's tokens, nats
 
 
 @dataclass(frozen=True)
