@@ -1,4 +1,4 @@
-"""Adapters that others trained: merged once, told apart by content, refused when they do not fit."""
+"""Adapters that others trained: merged once, told apart by content, refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -170,6 +170,7 @@ def test_an_adapter_of_another_base_is_refused_with_the_shapes(
     assert left_in(cache) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers):UserWarning")
 def test_an_adapter_of_a_tied_head_cannot_be_merged(
     tiny_pair: Pair, cache: Path, tmp_path: Path
 ) -> None:
@@ -185,7 +186,7 @@ def test_an_adapter_that_is_not_there_is_told_with_key_and_path(
     with pytest.raises(MissingInputError, match=f"{KEY}: .*nowhere is no folder") as caught:
         find_adapter(str(tmp_path / "nowhere"), KEY)
     assert caught.value.exit_code == 66
-    with pytest.raises(MissingInputError, match="no adapter_config.json: not an adapter"):
+    with pytest.raises(MissingInputError, match=r"no adapter_config\.json: not an adapter"):
         find_adapter(str(tiny_pair[0]), KEY)
     adapter = write_adapter(tmp_path / "adapter", tiny_pair[0])
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")

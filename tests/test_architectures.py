@@ -192,6 +192,14 @@ def test_two_steps_from_hidden_states_are_those_of_the_models_own_logits(
     assert wanted.losses[0] != wanted.losses[1]
 
 
+def test_the_padding_of_a_vocabulary_gets_no_gradient_and_may_differ(ran: Ran) -> None:
+    num_real = len(make_tokenizer())  # of 336 rows here, 352 in the teacher
+    for gradients in steps_of(ran, "llama, untied").gradients:
+        gradient_VH = torch.as_tensor(gradients["lm_head.weight"])
+        assert gradient_VH.shape == (336, 16) and num_real < 336
+        assert gradient_VH[:num_real].any() and not gradient_VH[num_real:].any()
+
+
 def test_full_logits_take_the_steps_of_the_fused_loss(ran: Ran) -> None:
     assert_same_steps(steps_of(ran, "llama, full logits"), steps_of(ran, "llama"), 1e-5)
 

@@ -73,6 +73,7 @@ def test_a_student_without_linear_head_is_measured_by_its_own_logits() -> None:
         EncodedExample("b", (5, 6, 7), 1, False, False),
     ]
     wanted = []
+    bert.requires_grad_(False)
     for row in rows:
         ids = torch.tensor([row.token_ids])
         logits_TV = bert(input_ids=ids).logits[0, row.num_prompt_tokens - 1 : -1, :55]
