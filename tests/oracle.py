@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pocl_dist.config import Config, load_config
+from pocl_dist.models.sources import cache_folder
 from pocl_dist.pipeline.plan import make_plan, read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from tests.ranks import run_ranks
@@ -61,7 +63,10 @@ def _train_steps(path: str, num_steps: int) -> Steps:
     return seen
 
 
-def _train_all(paths: dict[str, str], num_steps: int) -> dict[str, tuple[Steps | None, str]]:
+def _train_all(
+    paths: dict[str, str], num_steps: int, cache: str
+) -> dict[str, tuple[Steps | None, str]]:
+    os.environ["POCL_DIST_CACHE"] = cache
     found: dict[str, tuple[Steps | None, str]] = {}
     for name, path in paths.items():
         try:
@@ -80,7 +85,8 @@ def train_all(configs: dict[str, Path], num_steps: int) -> dict[str, tuple[Steps
     for path in configs.values():
         loaded = load_config([path])
         make_plan(loaded, RunDirectory(Path(loaded.run_dir)))
-    return run_ranks(_train_all, 1, {n: str(p) for n, p in configs.items()}, num_steps)[0]
+    paths = {name: str(path) for name, path in configs.items()}
+    return run_ranks(_train_all, 1, paths, num_steps, str(cache_folder()))[0]
 
 
 def plain_steps(config: Config, num_steps: int) -> Steps:

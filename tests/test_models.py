@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     OPTConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -37,6 +41,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "opt": OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=8, init_std=0.3),
     "opt, as wide": OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, init_std=0.3),
     "gemma2": Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=2.0),
+    "gemma3": Gemma3TextConfig(**LLAMA, head_dim=8, final_logit_softcapping=2.0),
+    "cohere": CohereConfig(**LLAMA, logit_scale=0.3),
+    "granite": GraniteConfig(**LLAMA, logits_scaling=3.0),
+    "phi": PhiConfig(**LLAMA),
 }
 
 
@@ -60,7 +68,9 @@ def test_backbone_and_head_give_the_models_own_logits(name: str) -> None:
     hidden_BTH = hidden_states(backbone_module(model), ids_BT, mask_BT)
     head = lm_head(model, num_real_tokens=55)
     torch.testing.assert_close(head_logits(hidden_BTH, head), wanted, rtol=1e-5, atol=1e-5)
-    assert (head.softcap == 2.0) == (name == "gemma2")
+    assert (head.softcap == 2.0) == name.startswith("gemma")
+    assert head.logit_scale == {"cohere": 0.3, "granite": 1 / 3}.get(name, 1.0)
+    assert (head.bias_V is not None) == (name == "phi")
     check_head(model, num_real_tokens=55)
 
 
@@ -88,6 +98,11 @@ DEEP = {
     "gpt2": GPT2Config(vocab_size=60, n_embd=16, n_layer=5, n_head=2, initializer_range=0.3),
     "opt": OPTConfig(**{**SMALL, "num_hidden_layers": 5}, ffn_dim=32, word_embed_proj_dim=8),
     "gemma2": Gemma2Config(**{**LLAMA, "num_hidden_layers": 5}, head_dim=8),
+    "gemma3": Gemma3TextConfig(
+        **{**LLAMA, "num_hidden_layers": 5}, head_dim=8, sliding_window_pattern=2
+    ),
+    "granite": GraniteConfig(**{**LLAMA, "num_hidden_layers": 5}, logits_scaling=3.0),
+    "phi": PhiConfig(**{**LLAMA, "num_hidden_layers": 5}),
 }
 
 
