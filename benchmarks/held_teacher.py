@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
 from pocl_dist.config import Config
 from pocl_dist.data.encoding import collate, pad_id_of
 from pocl_dist.distributed.process_group import Rank
@@ -35,9 +36,7 @@ class HeldTeacher:
     @contextmanager
     def answer(self, batch: Batch) -> Iterator[TeacherOutput]:
         """Yields the states of the batch's labels, in their order."""
-        yield TeacherOutput(
-            torch.cat([self.hidden[i] for i in batch.example_ids]), self.head
-        )
+        yield TeacherOutput(torch.cat([self.hidden[i] for i in batch.example_ids]), self.head)
 
 
 def hold_teacher() -> None:
