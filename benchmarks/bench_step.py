@@ -15,6 +15,7 @@ Our sides run the distill step as a user would: `distill_rank` on a config, figu
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -175,8 +176,8 @@ def train_with_ours(folder: Path, overrides: list[str], num_steps: int) -> dict[
     before = psutil.Process().memory_info().rss
     config = load_config([folder / "config.yaml"], overrides)
     run = RunDirectory(Path(config.run_dir))
-    if config.teacher.source == "online" and os.environ.get("HELD_TEACHER"):
-        from held_teacher import hold_teacher  # until this project's own cache is merged
+    if os.environ.get("HELD_TEACHER"):
+        from held_teacher import hold_teacher
 
         hold_teacher()
     table = profile_step(distill, num_steps + 2)
@@ -276,6 +277,10 @@ def useful_flops(models: dict[str, str], batches: list[list[object]], has_teache
 def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]:
     """Returns a side's figures: rank 0's, and the memory of all ranks together."""
     world_size = int(str(SIDES[side]["world_size"]))
+    is_held = "teacher" in SIDES[side] and not has_cache()
+    if "teacher" in SIDES[side] and not is_held:
+        step = [sys.executable, "-m", "pocl_dist", "cache", str(folder / "config.yaml")]
+        subprocess.run([*step, *overrides_of(side, folder)], check=True, stdout=sys.stderr)
     ranks = []
     for rank in range(world_size):
         environment = {
@@ -288,7 +293,7 @@ def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]
             "MASTER_PORT": str(29400 + os.getpid() % 500),
             "DS_ACCELERATOR": "cpu",
         }
-        if "teacher" in SIDES[side]:
+        if is_held:
             environment["HELD_TEACHER"] = "1"
         command = [sys.executable, __file__, "--side", side, "--folder", str(folder), *arguments]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
@@ -304,6 +309,11 @@ def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]
     }
 
 
+def has_cache() -> bool:
+    """Returns whether this version has the cache step; without it `held_teacher.py` stands in."""
+    return importlib.util.find_spec("pocl_dist.pipeline.cache") is not None
+
+
 def overrides_of(side: str, folder: Path) -> list[str]:
     """Returns a side's keys on top of the config, with a run directory of its own."""
     run = folder / side
@@ -311,7 +321,10 @@ def overrides_of(side: str, folder: Path) -> list[str]:
     for name in ("init_student", "plan.json"):
         if not (run / name).exists():
             (run / name).symlink_to(folder / "run" / name)
-    return [f"run_dir={run}", f"engine.zero_stage={SIDES[side]['zero_stage']}"]
+    overrides = [f"run_dir={run}", f"engine.zero_stage={SIDES[side]['zero_stage']}"]
+    if "teacher" in SIDES[side] and has_cache():
+        overrides.append(f"teacher.source={SIDES[side]['teacher']}")
+    return overrides
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
