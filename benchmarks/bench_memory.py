@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from sides import machine
 
@@ -125,6 +126,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="only the last line, one JSON object")
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    # The checkout that this file lies in is measured, whatever is installed.
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if arguments.stage is not None:
         print(json.dumps(measure_rank(arguments.stage, arguments.hidden)))
         return

@@ -415,6 +415,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value for our sides")
     arguments, unknown = parser.parse_known_args()
     arguments.overrides += unknown
+    # The checkout that this file lies in is measured, whatever is installed.
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if arguments.side is None:
         with tempfile.TemporaryDirectory() as folder:
             result = measure(arguments, Path(folder))
