@@ -4,8 +4,9 @@
 
 The same pretrained pair (SmolLM2-135M-Instruct and 8 of its 30 layers), the same token ids in the
 same batches of 8, JSD, AdamW, fp32. TRL gets the token ids and the prompt lengths that our encoder
-made, so both learn the same labels; the losses of all steps are compared before any ratio is formed.
-The first step warms up and is not timed. Tokens are those that go in, padding not counted.
+made, so both learn the same labels; the losses of all steps are compared before ratios are formed.
+The first step warms up and is not timed; the last, under the profiler, neither. Tokens are those
+that go in, padding not counted.
 
 Our sides run the distill step as a user would: `distill_rank` on a config, figures from its
 `metrics.jsonl`. Memory is the peak RSS less the RSS after the imports.
@@ -14,6 +15,8 @@ Our sides run the distill step as a user would: `distill_rank` on a config, figu
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -34,10 +37,10 @@ MAX_LOSS_DIFFERENCE = 2e-3  # relative; rounding grows with every update
 
 SIDES: dict[str, dict[str, object]] = {
     "trl": {},
-    "online": {"world_size": 1},
-    "online_2_ranks": {"world_size": 2},
-    "cached": {"world_size": 1, "teacher": "cache_hidden"},
-    "cached_2_ranks": {"world_size": 2, "teacher": "cache_hidden"},
+    "online": {"world_size": 1, "zero_stage": 0},
+    "online_2_ranks": {"world_size": 2, "zero_stage": 3},
+    "cached": {"world_size": 1, "zero_stage": 0, "teacher": "cache_hidden"},
+    "cached_2_ranks": {"world_size": 2, "zero_stage": 3, "teacher": "cache_hidden"},
 }
 
 
@@ -65,7 +68,7 @@ def write_config(folder: Path, rows: Path, steps: int, overrides: list[str]) -> 
         },
         "curriculum": {
             "num_stages": 1,
-            "epochs_per_stage": (steps + 1) * BATCH / NUM_ROWS,
+            "epochs_per_stage": (steps + 2) * BATCH / NUM_ROWS,
             "ordering": "shuffled",
             "temperature": 1.0,
             "kd_ratio": 1.0,
@@ -124,7 +127,7 @@ def train_with_trl(folder: Path, models: dict[str, str], steps: int) -> dict[str
     arguments = GKDConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=BATCH,
-        max_steps=steps + 1,
+        max_steps=steps + 2,  # the last as ours, not timed
         train_sampling_strategy="sequential",
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
@@ -155,11 +158,11 @@ def train_with_trl(folder: Path, models: dict[str, str], steps: int) -> dict[str
         )
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    seconds = [after - before for before, after in zip(moments, moments[1:], strict=False)]
-    return {"seconds": seconds[1:], "losses": losses, "peak_memory_bytes": memory.bytes}
+    seconds = [after - before for before, after in itertools.pairwise(moments)]
+    return {"seconds": seconds, "losses": losses, "peak_memory_bytes": memory.bytes}
 
 
-def train_with_ours(folder: Path, overrides: list[str], is_profiled: bool) -> dict[str, object]:
+def train_with_ours(folder: Path, overrides: list[str], num_steps: int) -> dict[str, object]:
     """Runs one rank of distill; returns the figures of `metrics.jsonl` and this rank's memory."""
     import deepspeed  # noqa: F401  its import is no part of the work
     import psutil
@@ -173,17 +176,16 @@ def train_with_ours(folder: Path, overrides: list[str], is_profiled: bool) -> di
     before = psutil.Process().memory_info().rss
     config = load_config([folder / "config.yaml"], overrides)
     run = RunDirectory(Path(config.run_dir))
-    if config.teacher.source == "online" and os.environ.get("HELD_TEACHER"):
-        from held_teacher import hold_teacher  # until this project's own cache is merged
+    if os.environ.get("HELD_TEACHER"):
+        from held_teacher import hold_teacher
 
         hold_teacher()
-    table = profiled_step(distill) if is_profiled else {}
+    table = profile_step(distill, num_steps + 2)
     peak_bytes = []
     step = distill.train_step
 
     def step_and_note_memory(*arguments: object) -> object:
         result = step(*arguments)  # type: ignore[arg-type]
-        peak_bytes.append(psutil.Process().memory_info().rss)
         peak_bytes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return result
 
@@ -194,7 +196,7 @@ def train_with_ours(folder: Path, overrides: list[str], is_profiled: bool) -> di
         "tokens_per_second": [row["tokens_per_second"] for row in steps],
         "losses": [row["loss"] for row in steps],
         "padding_share": [row["padding_share"] for row in steps],
-        "peak_memory_bytes": max(peak_bytes) - before,
+        "peak_memory_bytes": peak_bytes[num_steps] - before,
         "threads": torch.get_num_threads(),
         "profile": table,
     }
@@ -209,8 +211,8 @@ KINDS = {
 }
 
 
-def profiled_step(distill: object) -> dict[str, float]:
-    """Returns a table that the third step fills: seconds of operators by kind, and the rest."""
+def profile_step(distill: object, number: int) -> dict[str, float]:
+    """Returns a table that step `number` fills: seconds of operators by kind, and the rest."""
     from torch.profiler import ProfilerActivity, profile
 
     table: dict[str, float] = {}
@@ -218,7 +220,7 @@ def profiled_step(distill: object) -> dict[str, float]:
 
     def profiled(*arguments: object) -> object:
         count[0] += 1
-        if count[0] != 3:
+        if count[0] != number:
             return step(*arguments)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             started = time.perf_counter()
@@ -230,12 +232,6 @@ def profiled_step(distill: object) -> dict[str, float]:
             table[kind] = table.get(kind, 0.0) + event.self_cpu_time_total / 1e6
         table["between operators (Python, DeepSpeed)"] = seconds - sum(table.values())
         table["step"] = seconds
-        top = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)[:25]
-        for event in top:
-            print(
-                f"{event.key:50s} {event.count:6d} {event.self_cpu_time_total / 1e6:.3f}",
-                file=sys.stderr,
-            )
         return result
 
     distill.train_step = profiled  # type: ignore[attr-defined]
@@ -281,6 +277,10 @@ def useful_flops(models: dict[str, str], batches: list[list[object]], has_teache
 def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]:
     """Returns a side's figures: rank 0's, and the memory of all ranks together."""
     world_size = int(str(SIDES[side]["world_size"]))
+    is_held = "teacher" in SIDES[side] and not has_cache()
+    if "teacher" in SIDES[side] and not is_held:
+        step = [sys.executable, "-m", "pocl_dist", "cache", str(folder / "config.yaml")]
+        subprocess.run([*step, *overrides_of(side, folder)], check=True, stdout=sys.stderr)
     ranks = []
     for rank in range(world_size):
         environment = {
@@ -293,7 +293,7 @@ def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]
             "MASTER_PORT": str(29400 + os.getpid() % 500),
             "DS_ACCELERATOR": "cpu",
         }
-        if "teacher" in SIDES[side]:
+        if is_held:
             environment["HELD_TEACHER"] = "1"
         command = [sys.executable, __file__, "--side", side, "--folder", str(folder), *arguments]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
@@ -309,6 +309,11 @@ def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]
     }
 
 
+def has_cache() -> bool:
+    """Returns whether this version has the cache step; without it `held_teacher.py` stands in."""
+    return importlib.util.find_spec("pocl_dist.pipeline.cache") is not None
+
+
 def overrides_of(side: str, folder: Path) -> list[str]:
     """Returns a side's keys on top of the config, with a run directory of its own."""
     run = folder / side
@@ -316,7 +321,10 @@ def overrides_of(side: str, folder: Path) -> list[str]:
     for name in ("init_student", "plan.json"):
         if not (run / name).exists():
             (run / name).symlink_to(folder / "run" / name)
-    return [f"run_dir={run}"]
+    overrides = [f"run_dir={run}", f"engine.zero_stage={SIDES[side]['zero_stage']}"]
+    if "teacher" in SIDES[side] and has_cache():
+        overrides.append(f"teacher.source={SIDES[side]['teacher']}")
+    return overrides
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -333,6 +341,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         sum(len(ids) - 1 for ids, _ in given[start : start + BATCH])
         for start in range(0, len(given), BATCH)
     ]
+    timed, num_tokens = given[BATCH:-BATCH], sum(tokens[1:-1])
     peak = run_side(script, ["--side", "peak", *common])["flops"]
     sides: dict[str, dict[str, object]] = {}
     for side in arguments.sides:
@@ -341,21 +350,21 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
             found = run_side(script, ["--side", side, "--models", json.dumps(models), *common])
             if "error" not in found:
                 found["tokens_per_second"] = [
-                    count / seconds for count, seconds in zip(tokens, found["seconds"], strict=True)
+                    count / seconds
+                    for count, seconds in zip(tokens, found["seconds"], strict=False)
                 ]
         else:
-            flags = ["--profile"] if arguments.profile else []
-            found = run_ours(folder, side, flags + arguments.overrides)
+            found = run_ours(folder, side, common[2:] + arguments.overrides)
         sides[side] = found
         if "error" in found:
             print(f"   {found['error']}", file=sys.stderr)
             continue
         speeds = found["tokens_per_second"]
-        seconds = sum(n / v for n, v in list(zip(tokens, speeds, strict=True))[1:])
-        flops = useful_flops(models, given[BATCH:], "teacher" not in SIDES[side])
+        seconds = sum(n / v for n, v in list(zip(tokens, speeds, strict=False))[1:-1])
+        flops = useful_flops(models, timed, "teacher" not in SIDES[side])
         found |= {
             "timed_seconds": seconds,
-            "mean_tokens_per_second": sum(tokens[1:]) / seconds,
+            "mean_tokens_per_second": num_tokens / seconds,
             "flops_per_second": flops / seconds,
             "share_of_matmul_peak": flops / seconds / peak,
         }
@@ -364,8 +373,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     return {
         "benchmark": "step",
         "machine": machine() | {"matmul_flops_per_second": peak},
-        "num_tokens": sum(tokens[1:]),
-        "num_label_tokens": sum(len(ids) - prompt for ids, prompt in given[BATCH:]),
+        "num_tokens": num_tokens,
+        "num_label_tokens": sum(len(ids) - prompt for ids, prompt in timed),
         "sides": sides,
         "ratios": ratios(sides),
     }
@@ -376,7 +385,7 @@ def check_losses(sides: dict[str, dict[str, object]]) -> None:
     good = {name: side["losses"] for name, side in sides.items() if "losses" in side}
     first = next(iter(good), None)
     for name, losses in good.items():
-        for step, (ours, theirs) in enumerate(zip(losses, good[str(first)], strict=True)):
+        for step, (ours, theirs) in enumerate(zip(losses, good[str(first)], strict=False)):
             if abs(ours - theirs) > MAX_LOSS_DIFFERENCE * abs(theirs):
                 raise SystemExit(f"step {step}: loss {ours} ({name}) and {theirs} ({first})")
 
@@ -400,13 +409,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--json", action="store_true", help="only the last line, one JSON object")
-    parser.add_argument("--profile", action="store_true", help="profile a step of each of ours")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--models", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value for our sides")
     arguments, unknown = parser.parse_known_args()
     arguments.overrides += unknown
+    # The checkout that this file lies in is measured, whatever is installed.
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if arguments.side is None:
         with tempfile.TemporaryDirectory() as folder:
             result = measure(arguments, Path(folder))
@@ -419,7 +430,7 @@ def main() -> None:
         print(json.dumps(train_with_trl(arguments.folder, arguments.models, arguments.steps)))
     else:
         overrides = overrides_of(arguments.side, arguments.folder) + arguments.overrides
-        print(json.dumps(train_with_ours(arguments.folder, overrides, arguments.profile)))
+        print(json.dumps(train_with_ours(arguments.folder, overrides, arguments.steps)))
 
 
 if __name__ == "__main__":

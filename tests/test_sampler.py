@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 
-from pocl_dist.data.sampler import StageSampler, micro_batches_of_rank, num_steps, num_visits
-from pocl_dist.distributed.engine import num_micro_batches
+from pocl_dist.data.sampler import StageSampler, num_steps, num_visits
 
 # (examples, epochs, global batch): whole and fractional epochs, a stage below a batch, one row.
 STAGES = [(24, 2.0, 8), (25, 1.0, 8), (10, 2.5, 4), (7, 1 / 3, 4), (5, 3.0, 16), (1, 4.0, 8)]
@@ -65,29 +64,6 @@ def test_the_number_of_steps_is_that_of_the_formula(
     num_examples: int, epochs: float, batch: int, wanted: int
 ) -> None:
     assert num_steps(num_examples, epochs, batch) == wanted
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_the_shares_of_all_ranks_laid_end_to_end_are_the_batch_of_one_rank(
-    stage: tuple[int, float, int], world_size: int
-) -> None:
-    size = (
-        math.ceil(stage[2] / world_size) * world_size
-    )  # a whole multiple of the ranks, as required
-    sampler = sampler_of(stage[0], stage[1], size)
-    for micro in (1, 3):
-        count = num_micro_batches(size, world_size, micro)
-        for batch in all_batches(sampler):
-            shares = [
-                micro_batches_of_rank(batch, rank, world_size, micro, count)
-                for rank in range(world_size)
-            ]
-            assert {len(parts) for parts in shares} == {count}
-            assert all(len(part) <= micro for parts in shares for part in parts)
-            lengths = [sum(map(len, parts)) for parts in shares]
-            assert max(lengths) - min(lengths) <= 1
-            assert [position for parts in shares for part in parts for position in part] == batch
 
 
 def test_a_step_can_be_asked_for_alone_and_twice() -> None:

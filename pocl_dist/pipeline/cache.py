@@ -71,6 +71,9 @@ def cache(config: Config, run: RunDirectory) -> None:
     if is_distilled(config, run):
         say(f"cache: not needed, {run.export} is there")
         return
+    if not any(stage.kd_ratio > 0 for stage in read_plan(run.plan).stages):
+        say("cache: not needed, no stage asks the teacher (curriculum.kd_ratio is 0)")
+        return
     started = time.monotonic()
     job = prepare(config, run)
     remove_damage(run)

@@ -1,4 +1,4 @@
-"""The teacher beside the student: frozen, in eval mode, partitioned over the ranks by ZeRO-3."""
+"""The teacher beside the student: frozen, in eval mode; ZeRO-3 partitions it over several ranks."""
 
 from __future__ import annotations
 
