@@ -11,7 +11,7 @@ import torch
 
 from pocl_dist.losses.elementwise import BlockKind, Factors
 from pocl_dist.losses.registry import Divergence
-from pocl_dist.records import LMHead, TeacherTopK
+from pocl_dist.records import LMHead, TeacherOutput
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,13 @@ class Tokens:
     valid_rows_M: torch.Tensor
     labels_N: torch.Tensor
     student_head: LMHead  # its weight and bias come as Function inputs
-    teacher_hidden_NH: torch.Tensor | None
-    teacher_head: LMHead | None
-    teacher_top_k: TeacherTopK | None
+    teacher: TeacherOutput
     vocabulary_size: int
     chunk_size: int
-    compile_mode: str
-    is_compiled: bool
+    compile_mode: str = "never"
+    is_compiled: bool = False
 
     @property
     def has_teacher(self) -> bool:
         """Returns whether there is a teacher, of either form."""
-        return self.teacher_head is not None or self.teacher_top_k is not None
+        return self.teacher.head is not None or self.teacher.top_k is not None

@@ -6,20 +6,15 @@ import math
 
 import torch
 
-from pocl_dist.records import IGNORE_INDEX, LMHead, TeacherTopK
+from pocl_dist.records import IGNORE_INDEX, LMHead, TeacherOutput
 
 
-def check_teacher(
-    hidden_NH: torch.Tensor | None,
-    head: LMHead | None,
-    top_k: TeacherTopK | None,
-    labels_N: torch.Tensor,
-    vocabulary_size: int,
-) -> None:
+def check_teacher(teacher: TeacherOutput, labels_N: torch.Tensor, vocabulary_size: int) -> None:
     """Raises ValueError unless the teacher is complete, of one form, and fits labels and student.
 
     Token ids are checked here because an index out of range ends the process on a GPU.
     """
+    hidden_NH, head, top_k = teacher.hidden_NH, teacher.head, teacher.top_k
     if (hidden_NH is None) != (head is None):
         raise ValueError("teacher hidden states and teacher head go together: give both or none")
     if top_k is not None:
@@ -46,7 +41,7 @@ def check_teacher(
         if teacher_size != vocabulary_size:
             raise ValueError(
                 f"teacher has {teacher_size} real tokens and student {vocabulary_size}: one "
-                "tokenizer is needed; padding of the head goes into LMHead.numreal_tokens"
+                "tokenizer is needed; padding of the head goes into LMHead.num_real_tokens"
             )
 
 
@@ -69,9 +64,9 @@ def valid_rows(labels_N: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
 def real_tokens(role: str, head: LMHead) -> int:
     """Returns how many leading rows of the head's weight are tokens and not padding."""
     num_rows = head.weight_VH.shape[0]
-    num_real = num_rows if head.numreal_tokens is None else head.numreal_tokens
+    num_real = num_rows if head.num_real_tokens is None else head.num_real_tokens
     if not 0 < num_real <= num_rows:
-        raise ValueError(f"{role} head: numreal_tokens {num_real} must be in [1, {num_rows}]")
+        raise ValueError(f"{role} head: num_real_tokens {num_real} must be in [1, {num_rows}]")
     return num_real
 
 

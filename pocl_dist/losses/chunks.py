@@ -83,11 +83,12 @@ def _teacher_logits_CR(
     if buffer_CR is None:
         return None
     buffer_CR = buffer_CR[: len(rows_C)]
-    if tokens.teacher_top_k is not None:
-        return top_k_logits_CR(tokens.teacher_top_k, rows_C, buffer_CR)
-    head = tokens.teacher_head
-    assert tokens.teacher_hidden_NH is not None and head is not None
-    hidden_CH = tokens.teacher_hidden_NH.index_select(0, rows_C)
+    teacher = tokens.teacher
+    if teacher.top_k is not None:
+        return top_k_logits_CR(teacher.top_k, rows_C, buffer_CR)
+    head = teacher.head
+    assert teacher.hidden_NH is not None and head is not None
+    hidden_CH = teacher.hidden_NH.index_select(0, rows_C)
     weight_RH = head.weight_VH.detach()[: tokens.vocabulary_size].to(hidden_CH.dtype)
     return head_logits_CR(hidden_CH, weight_RH, head, buffer_CR)
 

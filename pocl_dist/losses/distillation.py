@@ -6,7 +6,7 @@ N tokens of a micro-batch, H hidden size (teacher and student differ), V vocabul
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -18,7 +18,7 @@ from pocl_dist.losses.checks import check_shapes, check_teacher, real_tokens, va
 from pocl_dist.losses.chunks import sum_over_chunks
 from pocl_dist.losses.compiled import BLOCK_COMPILER
 from pocl_dist.losses.registry import Divergence, get_divergence
-from pocl_dist.records import LMHead, TeacherTopK
+from pocl_dist.records import LMHead, TeacherOutput, TeacherTopK
 
 LOGITS_BYTES_PER_CHUNK = {"cpu": 48 * 2**20, "accelerator": 256 * 2**20}
 """Default size of one model's fp32 logits of a chunk; student's and teacher's exist at once.
@@ -80,41 +80,27 @@ def distillation_loss(
         temperature_order=divergence.temperature_order,
         published_order=divergence.published_order,
     )
-    vocabulary_size = real_tokens("student", student_head)
-    check_shapes(student_hidden_NH, student_head, labels_N, "student")
-    check_teacher(teacher_hidden_NH, teacher_head, teacher_top_k, labels_N, vocabulary_size)
-    valid_rows_M = valid_rows(labels_N, vocabulary_size)
-    device = student_hidden_NH.device
-    tokens = Tokens(
-        valid_rows_M,
-        labels_N,
-        student_head,
-        None if teacher_hidden_NH is None else teacher_hidden_NH.detach(),
-        teacher_head,
-        teacher_top_k,
-        vocabulary_size=vocabulary_size,
-        chunk_size=_chunk_size(chunk_size, device, vocabulary_size),
-        compile_mode=compile_mode,
-        is_compiled=BLOCK_COMPILER.is_used(
-            compile_mode,
-            divergence,
-            device,
-            num_tokens=len(valid_rows_M),
-            vocabulary_size=vocabulary_size,
-        ),
+    teacher = TeacherOutput(teacher_hidden_NH, teacher_head, teacher_top_k)
+    tokens = _checked_tokens(student_hidden_NH, student_head, teacher, labels_N, chunk_size)
+    is_compiled = BLOCK_COMPILER.is_used(
+        compile_mode,
+        divergence,
+        student_hidden_NH.device,
+        num_tokens=len(tokens.valid_rows_M),
+        vocabulary_size=tokens.vocabulary_size,
     )
+    tokens = replace(tokens, compile_mode=compile_mode, is_compiled=is_compiled)
     if kd_ratio > 0 and not tokens.has_teacher:
         raise ValueError(f"a teacher must be given unless kd_ratio is 0 (it is {kd_ratio})")
     objective = Objective(divergence, temperature, scale, kd_ratio)
     inputs = (student_hidden_NH, student_head.weight_VH, student_head.bias_V)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         apply: Callable[..., tuple[torch.Tensor, ...]] = _GradientInForward.apply
-        loss_sum, kd_loss_sum, ce_loss_sum, kl_sum = apply(*inputs, tokens, objective)
+        sums = apply(*inputs, tokens, objective)
     else:
-        sums = sum_over_chunks(*inputs, tokens, objective, needs_grad=(False, False, False))
-        loss_sum, kd_loss_sum, ce_loss_sum, kl_sum = sums.loss, sums.kd_loss, sums.ce_loss, sums.kl
-    num_tokens = len(tokens.valid_rows_M)
-    return DistillationLoss(loss_sum, kd_loss_sum, ce_loss_sum, kl_sum, num_tokens)
+        done = sum_over_chunks(*inputs, tokens, objective, needs_grad=(False, False, False))
+        sums = (done.loss, done.kd_loss, done.ce_loss, done.kl)
+    return DistillationLoss(*sums, len(tokens.valid_rows_M))
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -162,6 +148,29 @@ class _GradientInForward(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.input_dtypes, strict=True)  # type: ignore[attr-defined]
         ]
         return *grads, None, None
+
+
+def _checked_tokens(
+    student_hidden_NH: torch.Tensor,
+    student_head: LMHead,
+    teacher: TeacherOutput,
+    labels_N: torch.Tensor,
+    chunk_size: int | None,
+) -> Tokens:
+    """Returns the tokens and their cut; raises ValueError for what does not fit together."""
+    vocabulary_size = real_tokens("student", student_head)
+    check_shapes(student_hidden_NH, student_head, labels_N, "student")
+    check_teacher(teacher, labels_N, vocabulary_size)
+    return Tokens(
+        valid_rows(labels_N, vocabulary_size),
+        labels_N,
+        student_head,
+        teacher
+        if teacher.hidden_NH is None
+        else replace(teacher, hidden_NH=teacher.hidden_NH.detach()),
+        vocabulary_size=vocabulary_size,
+        chunk_size=_chunk_size(chunk_size, student_hidden_NH.device, vocabulary_size),
+    )
 
 
 def _chunk_size(asked: int | None, device: torch.device, vocabulary_size: int) -> int:
