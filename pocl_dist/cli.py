@@ -97,7 +97,8 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
 
 def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.config import load_config
-    from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused, run_lock
+    from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
+    from pocl_dist.pipeline.run_lock import run_lock
     from pocl_dist.pipeline.run_step import run_step
 
     # A path may hold a "=" too, but has a slash or a dot before it that no key has.
@@ -178,7 +179,7 @@ def _verify(run_dir: Path) -> None:
 
 
 def _outcome(run_dir: Path) -> int:
-    from pocl_dist.pipeline.run_directory import is_locked
+    from pocl_dist.pipeline.run_lock import is_locked
 
     path = run_dir / "status.json"
     if not path.is_file():
