@@ -100,6 +100,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
     from pocl_dist.pipeline.run_lock import run_lock
     from pocl_dist.pipeline.run_step import run_step
+    from pocl_dist.pipeline.stop_request import mark_start
 
     # A path may hold a "=" too, but has a slash or a dot before it that no key has.
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
@@ -111,6 +112,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
         if int(os.environ["WORLD_SIZE"]) > 1:
             raise UsageError(f"{command} is one process; a launcher starts `distill` only")
         is_rank = False
+    mark_start()
     step = _step_of(command, is_rank)
     # Ranks that `run` or `distill` started work under the lock, config and manifest of that
     # process; those of another launcher (torchrun, Slurm) have rank 0 for it.

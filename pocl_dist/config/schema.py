@@ -22,6 +22,8 @@ from pocl_dist.config.training_sections import (
     LossConfig,
     OptimizerConfig,
     PolicyConfig,
+    ResumeConfig,
+    RunConfig,
     TeacherConfig,
 )
 
@@ -46,5 +48,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
+    run: RunConfig = RunConfig()
     export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()

@@ -28,6 +28,7 @@ from pocl_dist.pipeline.dev import dev_metric
 from pocl_dist.pipeline.export import write_export
 from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.run_lock import check_not_fenced
 from pocl_dist.pipeline.step_batches import global_batch, micro_batches, sampler_of
 from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.pipeline.train_step import StepResult, train_step
@@ -43,7 +44,7 @@ def distill_rank(config: Config, run: RunDirectory) -> None:
        75);
     3. export the selected weights.
     """
-    stop = StopRequest(run)
+    stop = StopRequest(run, config.run.max_wallclock_minutes)
     stop.install()
     rank = join_process_group(config.engine.timeout_seconds)
     with lost_peers_named(rank):
@@ -60,7 +61,7 @@ def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -
     # On rank 0 only: two live displays would draw over each other.
     with training.display.live() if rank.is_main else nullcontext():
         while True:
-            is_save_asked = rank.is_main and run.save_file.exists()
+            is_save_asked = rank.is_main and (run.save_file.exists() or _is_save_due(training))
             is_stop_asked = stop.is_asked() or training.is_stop_asked
             instruction = training.coordinator.next_instruction(is_stop_asked, is_save_asked)
             if instruction.action == Action.TRAIN:
@@ -79,6 +80,13 @@ def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -
                 break
     _export(training)
     training.close()
+
+
+def _is_save_due(training: Training) -> bool:
+    """Returns whether the last checkpoint is older than `checkpoint.every_minutes`."""
+    minutes = training.config.checkpoint.every_minutes
+    seconds = time.monotonic() - training.saved_at_seconds
+    return minutes is not None and seconds >= 60.0 * minutes
 
 
 def _train(training: Training, instruction: Instruction, stop: StopRequest) -> None:
@@ -175,17 +183,23 @@ def _save(training: Training) -> None:
     coordinator.record_save()
     progress = coordinator.progress
     state = {field.name: getattr(progress, field.name) for field in fields(progress)}
-    num_bytes = save_checkpoint(training.engine, run.checkpoints, progress.step, state, rank)
+    num_bytes = save_checkpoint(
+        training.engine,
+        run.checkpoints,
+        progress.step,
+        state,
+        rank,
+        before_commit=lambda: check_not_fenced(run.root),
+    )
+    training.saved_at_seconds = time.monotonic()
     seconds = time.monotonic() - started
     row = {"step": progress.step, "stage": progress.stage, "bytes": num_bytes, "seconds": seconds}
     training.record({"kind": "checkpoint", **row})
     if rank.is_main:
-        is_kept = training.config.export.select == "best_dev"
-        prune_checkpoints(
-            run.checkpoints,
-            training.config.checkpoint.keep_last,
-            progress.best_step if is_kept else -1,
-        )
+        kept = set(progress.stage_ends) if training.config.checkpoint.keep_stage_ends else set()
+        if training.config.export.select == "best_dev":
+            kept.add(progress.best_step)
+        prune_checkpoints(run.checkpoints, training.config.checkpoint.keep_last, kept)
         run.save_file.unlink(missing_ok=True)
         training.display.note(
             f"step {progress.step}: checkpoint, {num_bytes / 1e6:.1f} MB in {seconds:.1f} s"
@@ -197,7 +211,7 @@ def _export(training: Training) -> None:
     config, rank, run = training.config, training.rank, training.run
     progress = training.coordinator.progress
     step = progress.best_step if config.export.select == "best_dev" else progress.step
-    checkpoint = find_checkpoint(run.checkpoints, rank, only_step=step)
+    checkpoint = find_checkpoint(run.checkpoints, rank, "fail", only_step=step)
     if rank.is_main:
         assert checkpoint is not None, "the last step of a stage is always saved"
         dtype = torch_dtype(config.engine.dtype, rank.device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -71,6 +72,7 @@ class Training:
     coordinator: Coordinator
     log: MetricsLog | None  # rank 0 writes, the others do not
     display: TrainingDisplay
+    saved_at_seconds: float = field(default_factory=time.monotonic)
     is_stop_asked: bool = False  # a signal to any rank, as the ranks told each other
 
     @property
@@ -144,7 +146,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         atomic_write_json(record, inputs)
     barrier(rank)
 
-    checkpoint = find_checkpoint(run.checkpoints, rank)
+    checkpoint = find_checkpoint(run.checkpoints, rank, config.resume.on_damage)
     coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
     if checkpoint is not None:
         coordinator.progress = Progress(**checkpoint.state)  # type: ignore[arg-type]
