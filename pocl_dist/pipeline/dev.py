@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config
@@ -26,6 +26,7 @@ def dev_metric(
     rows: Sequence[tuple[Example, EncodedExample]],
     config: Config,
     rank: Rank,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> float:
     """Returns ROUGE-L of greedy answers in %, or the references' mean cross-entropy. Collective.
 
@@ -38,6 +39,7 @@ def dev_metric(
     sampling = Sampling(config.generation.max_new_tokens)
     total, count = 0.0, 0.0
     for batch in batches[rank.index :: rank.world_size]:
+        on_batch()
         if config.dev.metric == "rouge_l":
             answers = generate_answers(
                 model, tokenizer, [encoded.prompt_ids for _, encoded in batch], sampling

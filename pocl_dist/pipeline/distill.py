@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import uuid
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 
@@ -11,7 +13,7 @@ import torch
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Action, Instruction, agree, applied_digest
 from pocl_dist.distributed.checkpoint import find_checkpoint, prune_checkpoints, save_checkpoint
-from pocl_dist.distributed.collectives import barrier
+from pocl_dist.distributed.collectives import barrier, gather_texts
 from pocl_dist.distributed.engine import (
     learning_rate_of,
     reset_optimizer,
@@ -23,6 +25,7 @@ from pocl_dist.distributed.process_group import (
     lost_peers_named,
     torch_dtype,
 )
+from pocl_dist.distributed.watchdog import EXIT_CODE, Watchdog
 from pocl_dist.errors import ConfigError, StoppedError
 from pocl_dist.pipeline.dev import dev_metric
 from pocl_dist.pipeline.export import write_export
@@ -46,28 +49,52 @@ def distill_rank(config: Config, run: RunDirectory) -> None:
     """
     stop = StopRequest(run, config.run.max_wallclock_minutes)
     stop.install()
-    rank = join_process_group(config.engine.timeout_seconds)
-    with lost_peers_named(rank):
-        _distill(config, run, rank, stop)
+    # The watchdog is to speak first: it knows names. The group's own limit is the second net.
+    timeout = config.engine.timeout_seconds
+    rank = join_process_group(timeout * 1.5 + 30)
+    watchdog = _watchdog(run, rank, timeout)
+    watchdog.start()
+    try:
+        with lost_peers_named(rank, watchdog.missing):
+            _distill(config, run, rank, stop, watchdog)
+    finally:
+        watchdog.close()
 
 
-def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -> None:
+def _watchdog(run: RunDirectory, rank: Rank, timeout_seconds: float) -> Watchdog:
+    """Returns this rank's watchdog, not yet started. Collective."""
+
+    def on_hang(reason: str) -> None:
+        print(f"WATCHDOG: {reason}", file=sys.stderr, flush=True)
+        run.write_status("failed", EXIT_CODE, "distill", reason)
+
+    job = gather_texts(uuid.uuid4().hex, rank)[0]
+    folder = run.root / "control" / "ranks"
+    return Watchdog(folder, job, rank.index, rank.world_size, timeout_seconds, on_hang)
+
+
+def _distill(
+    config: Config, run: RunDirectory, rank: Rank, stop: StopRequest, watchdog: Watchdog
+) -> None:
     if config.engine.world_size not in (None, rank.world_size):
         raise ConfigError(
             f"engine.world_size: {config.engine.world_size}, "
             f"but the launcher started {rank.world_size} ranks"
         )
+    watchdog.beat("loading")
     training = prepare_training(config, run, rank)
     # On rank 0 only: two live displays would draw over each other.
     with training.display.live() if rank.is_main else nullcontext():
         while True:
             is_save_asked = rank.is_main and (run.save_file.exists() or _is_save_due(training))
             is_stop_asked = stop.is_asked() or training.is_stop_asked
+            watchdog.beat("next instruction", training.coordinator.progress.step)
             instruction = training.coordinator.next_instruction(is_stop_asked, is_save_asked)
+            watchdog.beat(instruction.action.name.lower())
             if instruction.action == Action.TRAIN:
                 _train(training, instruction, stop)
             elif instruction.action == Action.EVALUATE:
-                _evaluate(training)
+                _evaluate(training, watchdog)
             elif instruction.action == Action.SAVE:
                 _save(training)
             elif instruction.action == Action.STOP:
@@ -78,6 +105,7 @@ def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -
                 )
             else:
                 break
+    watchdog.beat("export")
     _export(training)
     training.close()
 
@@ -155,12 +183,17 @@ def _log_step(
         training.display.step(row, len(training.plan.stages))
 
 
-def _evaluate(training: Training) -> None:
+def _evaluate(training: Training, watchdog: Watchdog) -> None:
     """Computes the dev metric and tells the coordinator. Collective."""
     started = time.monotonic()
     config, coordinator = training.config, training.coordinator
     value = dev_metric(
-        training.engine, training.tokenizer, training.dev_rows, config, training.rank
+        training.engine,
+        training.tokenizer,
+        training.dev_rows,
+        config,
+        training.rank,
+        on_batch=lambda: watchdog.beat("evaluate"),
     )
     coordinator.record_dev(value)
     progress = coordinator.progress
