@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
             metavar="CONFIG.yaml | section.key=value",
             help="files are layered left to right",
         )
+        if name in ("run", "distill"):
+            command.add_argument(
+                "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
+            )
     verify = commands.add_parser(
         "verify", help="re-check every file of a run directory against its manifest"
     )
@@ -211,7 +215,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         summary = score_files(arguments.predictions, arguments.references)
         print(json.dumps(summary.to_json()))
     else:
-        _run_config_command(arguments.command, arguments.config)
+        words = list(arguments.config)
+        if getattr(arguments, "max_restarts", None) is not None:
+            words.append(f"run.max_restarts={arguments.max_restarts}")
+        _run_config_command(arguments.command, words)
     return 0
 
 

@@ -89,6 +89,8 @@ class RunConfig(Section):
 
     max_wallclock_minutes: Annotated[float, Field(gt=0)] | None = None
     """After this long the run saves and exits with code 75; leave room for a step and a save."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """How often `run` and `distill` start the ranks again after one was lost (exit code 71)."""
 
 
 class ResumeConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,14 +30,44 @@ def launch_file(name: str) -> Path:
 def run_ranks(config: Config, run: RunDirectory) -> None:
     """Runs distill on `engine.world_size` ranks and waits; raises the error the ranks ended with.
 
-    SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and
-    leave together; the launcher itself never sees them (it would kill the ranks). A
-    finished run is left as it is.
+    When a rank was lost, all are started again from the last checkpoint, `run.max_restarts` times,
+    as long as each start saves at least one more step than the one before. A finished run is left
+    as it is.
     """
     marker = run.export / MARKER
     if marker.exists() and read_json(marker) == finished_record(config, run):
         print(f"distill: {run.export} is there", flush=True)
         return
+    reached = _last_saved(run)
+    for restart in range(config.run.max_restarts + 1):
+        try:
+            return _launch(config, run)
+        except errors.WorkerError as error:
+            saved = _last_saved(run)
+            has_progress = restart == 0 or saved > reached
+            if restart == config.run.max_restarts or not has_progress:
+                raise
+            reached = saved
+            print(
+                f"distill: {error}\ndistill: restart {restart + 1} of {config.run.max_restarts}, "
+                f"from step {max(saved, 0)}",
+                flush=True,
+            )
+            run.write_status("running", None, "distill")
+
+
+def _last_saved(run: RunDirectory) -> int:
+    """Returns the step of the newest checkpoint, -1 without one."""
+    steps = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")]
+    return max(steps, default=-1)
+
+
+def _launch(config: Config, run: RunDirectory) -> None:
+    """Starts the ranks once and waits for them; raises the error that they ended with.
+
+    SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and
+    leave together; the launcher itself never sees them (it would kill the ranks).
+    """
     environment = dict(os.environ)
     environment["PYTHON"] = sys.executable
     if config.engine.world_size is not None:
@@ -60,6 +91,8 @@ def run_ranks(config: Config, run: RunDirectory) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever the launcher may have left behind
         if received:
             run.stop_file.unlink(missing_ok=True)
     _raise_outcome(code, run)
