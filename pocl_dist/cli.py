@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
             metavar="CONFIG.yaml | section.key=value",
             help="files are layered left to right",
         )
+        if name in ("run", "distill"):
+            command.add_argument(
+                "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
+            )
     verify = commands.add_parser(
         "verify", help="re-check every file of a run directory against its manifest"
     )
@@ -102,8 +106,10 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
 
 def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.config import load_config
-    from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused, run_lock
+    from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
+    from pocl_dist.pipeline.run_lock import run_lock
     from pocl_dist.pipeline.run_step import run_step
+    from pocl_dist.pipeline.stop_request import mark_start
 
     # A path may hold a "=" too, but has a slash or a dot before it that no key has.
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
@@ -121,6 +127,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
                 "and `cache` with teacher.cache_engine: zero3"
             )
         is_rank = False
+    mark_start()
     step = _step_of(command, is_rank)
     # Ranks that `run` or `distill` started work under the lock, config and manifest of that
     # process; those of another launcher (torchrun, Slurm) have rank 0 for it.
@@ -189,7 +196,7 @@ def _verify(run_dir: Path) -> None:
 
 
 def _outcome(run_dir: Path) -> int:
-    from pocl_dist.pipeline.run_directory import is_locked
+    from pocl_dist.pipeline.run_lock import is_locked
 
     path = run_dir / "status.json"
     if not path.is_file():
@@ -219,7 +226,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         summary = score_files(arguments.predictions, arguments.references)
         print(json.dumps(summary.to_json()))
     else:
-        _run_config_command(arguments.command, arguments.config)
+        words = list(arguments.config)
+        if getattr(arguments, "max_restarts", None) is not None:
+            words.append(f"run.max_restarts={arguments.max_restarts}")
+        _run_config_command(arguments.command, words)
     return 0
 
 

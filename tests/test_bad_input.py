@@ -19,7 +19,7 @@ import yaml
 
 from pocl_dist.cli import main
 from pocl_dist.errors import EXIT_CODES
-from pocl_dist.pipeline.run_directory import run_lock
+from pocl_dist.pipeline.run_lock import run_lock
 from tests.tiny import make_tokenizer, write_config, write_rows
 
 

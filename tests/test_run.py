@@ -141,3 +141,41 @@ def test_distill_also_works_under_torchrun(
     assert steps(tmp_path / "run")[-1] == 9
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
     assert subprocess.run(command("verify", str(tmp_path / "run"))).returncode == 0
+
+
+def _export_tensors(run_dir: Path) -> dict[str, object]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(run_dir / "export" / "model.safetensors"))
+
+
+def test_a_killed_rank_is_named_and_the_ranks_are_started_again_to_the_same_end(
+    tiny_pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    import torch
+
+    sections = {
+        "curriculum": {"num_stages": 2, "epochs_per_stage": 6, "ordering": "shuffled"},
+        "engine": {"world_size": 2, "micro_batch_size": 4, "global_batch_size": 8},
+        "checkpoint": {"every": 2},
+    }
+    killed = write_config(tmp_path / "killed", *tiny_pair, **sections)
+    process = subprocess.Popen(
+        command("run", "--max-restarts", "1", str(killed)),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    run_dir = tmp_path / "killed" / "run"
+    wait_for_steps(run_dir / "metrics.jsonl", 5, process)
+    victim = json.loads((run_dir / "control" / "ranks" / "rank-00001.json").read_text())
+    os.kill(victim["pid"], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert f"rank 1 (process {victim['pid']} on " in output
+    assert "distill: restart 1 of 1, from step" in output
+    assert subprocess.run(command("verify", str(run_dir))).returncode == 0
+    calm = write_config(tmp_path / "calm", *tiny_pair, **sections)
+    done = subprocess.run(command("run", str(calm)), env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0
+    expected, found = _export_tensors(tmp_path / "calm" / "run"), _export_tensors(run_dir)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -1,83 +1,19 @@
-"""The run directory: its lock, its status, and the records of what results were made from."""
+"""The run directory: its status, and the records of what results were made from."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from pocl_dist.errors import EXIT_CODES, BusyError, DataError, ExitCode, MismatchError, StorageError
+from pocl_dist.errors import EXIT_CODES, DataError, ExitCode, MismatchError
 from pocl_dist.files import atomic_write_json, atomic_write_text, verify_manifest, write_manifest
 from pocl_dist.pipeline.run_directory import (
     RunDirectory,
     check_made_from,
     kept_if_refused,
-    run_lock,
 )
-
-
-def test_the_lock_names_its_holder_and_is_gone_afterwards(tmp_path: Path) -> None:
-    root = tmp_path / "new" / "run"
-    with run_lock(root):
-        held = json.loads((root / "lock").read_text())
-        assert (held["host"], held["pid"]) == (socket.gethostname(), os.getpid())
-    assert not (root / "lock").exists()
-    with pytest.raises(StorageError), run_lock(root):
-        raise StorageError("disk full")
-    assert not (root / "lock").exists()
-
-
-def test_a_second_run_is_refused_with_the_holder_and_does_not_take_the_lock(tmp_path: Path) -> None:
-    with run_lock(tmp_path):
-        with pytest.raises(BusyError, match=f"in use by process {os.getpid()}"), run_lock(tmp_path):
-            pytest.fail("two runs hold the lock")
-        assert (tmp_path / "lock").exists()
-
-
-def _lock_of(root: Path, **holder: object) -> None:
-    root.mkdir(exist_ok=True)
-    (root / "lock").write_text(json.dumps(holder))
-
-
-def test_the_lock_of_a_dead_process_of_this_host_is_taken_over(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    _lock_of(tmp_path, host=socket.gethostname(), pid=ended.pid, since="long ago")
-    with run_lock(tmp_path):
-        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize(
-    "content",
-    ['{"host": "elsewhere", "pid": 1, "since": "today"}', "", "{", '{"pid": "x"}', "[]"],
-)
-def test_a_lock_that_cannot_be_judged_from_here_is_kept(tmp_path: Path, content: str) -> None:
-    (tmp_path / "lock").write_text(content)
-    with pytest.raises(BusyError, match=r"if that run is dead, remove .*lock"), run_lock(tmp_path):
-        pytest.fail("the lock was taken")
-    assert (tmp_path / "lock").read_text() == content
-
-
-def test_two_processes_that_start_at_once_do_not_both_get_the_lock(tmp_path: Path) -> None:
-    code = (
-        "import sys, time\nfrom pathlib import Path\n"
-        "from pocl_dist.errors import BusyError\n"
-        "from pocl_dist.pipeline.run_directory import run_lock\n"
-        "try:\n    with run_lock(Path(sys.argv[1])):\n        print('held', flush=True)\n"
-        "        sys.stdin.read()\nexcept BusyError:\n    print('busy', flush=True)\n"
-    )
-    line = [sys.executable, "-c", code, str(tmp_path)]
-    pipe = subprocess.PIPE
-    both = [subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
-    said = sorted(str(process.stdout.readline()).strip() for process in both if process.stdout)
-    for process in both:
-        process.communicate("")
-    assert said == ["busy", "held"]
 
 
 @pytest.mark.parametrize("row", EXIT_CODES, ids=lambda row: row.name)

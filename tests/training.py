@@ -17,7 +17,10 @@ from pocl_dist.pipeline.run_directory import RunDirectory
 from tests.ranks import run_ranks, run_ranks_with_errors
 
 
-def _distill(paths: list[str], overrides: list[str], stop_after: int | None) -> None:
+def _distill(
+    paths: list[str], overrides: list[str], stop_after: int | None, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     from pocl_dist.errors import StoppedError
     from pocl_dist.pipeline import distill as step
 
@@ -41,13 +44,17 @@ def _distill(paths: list[str], overrides: list[str], stop_after: int | None) -> 
 
 
 def distill(
-    config: Path, world_size: int, *overrides: str, stop_after: int | None = None
+    config: Path,
+    world_size: int,
+    *overrides: str,
+    stop_after: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> RunDirectory:
     """Plans and trains, up to `stop_after` steps if given; returns the run directory."""
     loaded = load_config([config], overrides)
     run = RunDirectory(Path(loaded.run_dir))
     make_plan(loaded, run)
-    run_ranks(_distill, world_size, [str(config)], list(overrides), stop_after)
+    run_ranks(_distill, world_size, [str(config)], list(overrides), stop_after, environment or {})
     run.stop_file.unlink(missing_ok=True)
     return run
 

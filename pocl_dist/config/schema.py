@@ -28,6 +28,8 @@ from pocl_dist.config.training_sections import (
     LossConfig,
     OptimizerConfig,
     PolicyConfig,
+    ResumeConfig,
+    RunConfig,
     TeacherConfig,
 )
 
@@ -54,5 +56,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
+    run: RunConfig = RunConfig()
     export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()

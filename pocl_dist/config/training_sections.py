@@ -121,13 +121,33 @@ class EngineConfig(Section):
     """A collective that takes longer ends the run with exit code 71."""
 
 
+class RunConfig(Section):
+    """How long this attempt of the run may take."""
+
+    max_wallclock_minutes: Annotated[float, Field(gt=0)] | None = None
+    """After this long the run saves and exits with code 75; leave room for a step and a save."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """How often `run` and `distill` start the ranks again after one was lost (exit code 71)."""
+
+
+class ResumeConfig(Section):
+    """What happens when a run is continued."""
+
+    on_damage: Literal["fallback", "fail"] = "fallback"
+    """A checkpoint that does not verify: use the one before, or stop with exit code 78."""
+
+
 class CheckpointConfig(Section):
     """What is saved on the way."""
 
     every: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints, besides those at stage ends and stops; null: stage ends only."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes between checkpoints, besides `every`; null: no limit in time."""
     keep_last: Annotated[int, Field(ge=1)] = 2
     """Older checkpoints are removed."""
+    keep_stage_ends: bool = False
+    """Also keep the last checkpoint of every stage."""
 
 
 class ExportConfig(Section):

@@ -7,9 +7,10 @@ written once, by the rank whose turn it is, so that any number of ranks can read
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -90,14 +91,15 @@ def save_checkpoint(
     state: dict[str, JSONValue],
     rank: Rank,
     extra: Mapping[str, torch.Tensor] | None = None,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> int:
     """Writes and commits the checkpoint of `step`; returns its bytes. Collective.
 
     `extra` are further CPU tensors by `KIND.NAME`, the same on all ranks; rank 0 writes them.
+    Rank 0 calls `before_commit` just before the rename: if it raises, nothing is committed.
+
     Raises StorageError (74) on all ranks when one cannot write; what was committed before stays.
     """
-    from safetensors.torch import save_file
-
     temporary = folder / f".tmp-step-{step:08d}"
     if rank.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -106,32 +108,15 @@ def save_checkpoint(
     share = _collect_share(engine, rank)
     if rank.is_main:
         share |= extra or {}
-    needed, problem, line = sum(t.numel() * t.element_size() for t in share.values()), "", ""
-    file = temporary / f"rank-{rank.index:05d}.safetensors"
-    try:
-        if free_bytes(folder) < needed:
-            raise StorageError(
-                f"checkpoint needs {needed} bytes on this rank, "
-                f"{free_bytes(folder)} are free at {folder}"
-            )
-        save_file(share, file)
-        _fsync_file(file)
-        line = f"{file.name} {file.stat().st_size} {sha256_file(file)}"
-    except OSError as error:
-        problem = explain_storage_error(error) or str(error)
-    except Exception as error:  # safetensors wraps a full disk in an error of its own
-        problem = f"cannot write {file}: {error} ({free_bytes(folder)} bytes free)"
+    row, problem = _write_share(share, temporary / f"rank-{rank.index:05d}.safetensors")
     problems = [text for text in gather_texts(problem, rank) if text]
-    lines = gather_texts(line, rank)
+    rows = gather_texts(json.dumps(row), rank)
     if problems:
         if rank.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(problems[0])
-    sizes = {name: (int(size), digest) for name, size, digest in (text.split() for text in lines)}
+    files = [json.loads(text) for text in rows]
     if rank.is_main:
-        files: list[JSONValue] = [
-            {"path": n, "bytes": s, "sha256": d} for n, (s, d) in sorted(sizes.items())
-        ]
         scale = getattr(engine.optimizer, "cur_scale", None) if engine.fp16_enabled() else None
         manifest: dict[str, JSONValue] = {
             "format": 1,
@@ -143,19 +128,39 @@ def save_checkpoint(
             "files": files,
         }
         atomic_write_json(temporary / MANIFEST, manifest)
+        before_commit()
         target = folder / f"step-{step:08d}"
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         fsync_folder(folder)
     barrier(rank)
-    return sum(size for size, _ in sizes.values())
+    return sum(row["bytes"] for row in files)
 
 
-def prune_checkpoints(folder: Path, keep_last: int, keep_step: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints and that of `keep_step`. Rank 0 only."""
+def _write_share(share: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, JSONValue], str]:
+    """Writes one rank's tensors; returns (the file's row of the manifest, what went wrong)."""
+    from safetensors.torch import save_file
+
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in share.values())
+    free = free_bytes(file.parent)
+    if free < needed:
+        return {}, f"checkpoint needs {needed} bytes on this rank, {free} are free at {file.parent}"
+    try:
+        save_file(share, file)
+        _fsync_file(file)
+        digest = sha256_file(file)
+    except OSError as error:
+        return {}, explain_storage_error(error) or str(error)
+    except Exception as error:  # safetensors wraps a full disk in an error of its own
+        return {}, f"cannot write {file}: {error} ({free_bytes(file.parent)} bytes free)"
+    return {"path": file.name, "bytes": file.stat().st_size, "sha256": digest}, ""
+
+
+def prune_checkpoints(folder: Path, keep_last: int, keep_steps: Collection[int]) -> None:
+    """Removes all but the newest `keep_last` checkpoints and those of `keep_steps`. Rank 0 only."""
     steps = sorted(folder.glob("step-*"))
     for old in steps[:-keep_last]:
-        if old.name != f"step-{keep_step:08d}":
+        if int(old.name.removeprefix("step-")) not in keep_steps:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -177,10 +182,13 @@ def _damage(folder: Path, rank: Rank) -> str:
     return ""
 
 
-def find_checkpoint(folder: Path, rank: Rank, only_step: int | None = None) -> Checkpoint | None:
+def find_checkpoint(
+    folder: Path, rank: Rank, on_damage: str = "fallback", only_step: int | None = None
+) -> Checkpoint | None:
     """Returns the newest checkpoint that verifies, or None when there is none. Collective.
 
-    A damaged one is renamed to `bad-...` and the one before is used. Raises MismatchError (78) when
+    A damaged one is renamed to `bad-...` and the one before is used; with `on_damage` "fail" it
+    stays and MismatchError (78) names what is wrong. Raises MismatchError (78) when
     there are checkpoints and none verifies: starting over would lose work in silence.
     """
     while True:
@@ -199,6 +207,8 @@ def find_checkpoint(folder: Path, rank: Rank, only_step: int | None = None) -> C
         damages = [text for text in gather_texts(_damage(path, rank), rank) if text]
         if not damages:
             break
+        if on_damage == "fail":
+            raise MismatchError(f"damaged checkpoint: {damages[0]}")
         if rank.is_main:
             path.rename(folder / f"bad-{path.name}")
             print(f"WARNING: damaged checkpoint set aside: {damages[0]}", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,8 +94,11 @@ _LOST_PEER = (
 
 
 @contextmanager
-def lost_peers_named(rank: Rank) -> Iterator[None]:
-    """Turns the error of a collective whose peer died or hung into a WorkerError (71)."""
+def lost_peers_named(rank: Rank, missing: Callable[[], str] = str) -> Iterator[None]:
+    """Turns the error of a collective whose peer died or hung into a WorkerError (71).
+
+    `missing` is asked for a line that names the peer.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -106,7 +109,8 @@ def lost_peers_named(rank: Rank) -> Iterator[None]:
     except RuntimeError as error:
         if any(sign in str(error).lower() for sign in _LOST_PEER):
             line = str(error).strip().splitlines()[0]
-            raise WorkerError(f"rank {rank.index} lost another rank: {line}") from error
+            named = missing()
+            raise WorkerError(f"rank {rank.index} lost another rank: {named or line}") from error
         raise
 
 

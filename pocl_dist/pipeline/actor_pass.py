@@ -25,9 +25,14 @@ def _take_signals(stop: StopRequest) -> None:
 
 
 @contextlib.contextmanager
-def stop_request(run: RunDirectory) -> Iterator[StopRequest]:
-    """Turns signals into a flag while the context lasts; after it they do what they did before."""
-    stop = StopRequest(run)
+def stop_request(
+    run: RunDirectory, max_wallclock_minutes: float | None = None
+) -> Iterator[StopRequest]:
+    """Turns signals and a time limit into a flag while the context lasts.
+
+    After it signals do what they did before.
+    """
+    stop = StopRequest(run, max_wallclock_minutes)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     _take_signals(stop)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config
@@ -27,6 +27,7 @@ def dev_metrics(
     config: Config,
     rank: Rank,
     names: Sequence[str],
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Returns {name: mean}: `rouge_l` of greedy answers in %, `loss` of references. Collective.
 
@@ -40,6 +41,7 @@ def dev_metrics(
     for name in dict.fromkeys(names):
         totals = [(0.0, 0)]
         for batch in batches[rank.index :: rank.world_size]:
+            on_batch()
             if name == "rouge_l":
                 totals.append(_rouge_sum(model, tokenizer, batch, config.generation.max_new_tokens))
             else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import uuid
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 
@@ -11,7 +13,7 @@ import torch
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Action, Instruction, agree, applied_digest
 from pocl_dist.distributed.checkpoint import find_checkpoint, prune_checkpoints, save_checkpoint
-from pocl_dist.distributed.collectives import barrier
+from pocl_dist.distributed.collectives import barrier, gather_texts
 from pocl_dist.distributed.engine import (
     learning_rate_of,
     reset_optimizer,
@@ -23,11 +25,13 @@ from pocl_dist.distributed.process_group import (
     lost_peers_named,
     torch_dtype,
 )
+from pocl_dist.distributed.watchdog import EXIT_CODE, Watchdog
 from pocl_dist.errors import ConfigError, StoppedError
 from pocl_dist.pipeline.dev import dev_metrics
 from pocl_dist.pipeline.export import write_export
 from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.run_lock import check_not_fenced
 from pocl_dist.pipeline.step_answers import answered_batch, choose_answers
 from pocl_dist.pipeline.step_batches import micro_batches, sampler_of
 from pocl_dist.pipeline.stop_request import StopRequest
@@ -44,30 +48,54 @@ def distill_rank(config: Config, run: RunDirectory) -> None:
        75);
     3. export the selected weights.
     """
-    stop = StopRequest(run)
+    stop = StopRequest(run, config.run.max_wallclock_minutes)
     stop.install()
-    rank = join_process_group(config.engine.timeout_seconds)
-    with lost_peers_named(rank):
-        _distill(config, run, rank, stop)
+    # The watchdog is to speak first: it knows names. The group's own limit is the second net.
+    timeout = config.engine.timeout_seconds
+    rank = join_process_group(timeout * 1.5 + 30)
+    watchdog = _watchdog(run, rank, timeout)
+    watchdog.start()
+    try:
+        with lost_peers_named(rank, watchdog.missing):
+            _distill(config, run, rank, stop, watchdog)
+    finally:
+        watchdog.close()
 
 
-def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -> None:
+def _watchdog(run: RunDirectory, rank: Rank, timeout_seconds: float) -> Watchdog:
+    """Returns this rank's watchdog, not yet started. Collective."""
+
+    def on_hang(reason: str) -> None:
+        print(f"WATCHDOG: {reason}", file=sys.stderr, flush=True)
+        run.write_status("failed", EXIT_CODE, "distill", reason)
+
+    job = gather_texts(uuid.uuid4().hex, rank)[0]
+    folder = run.root / "control" / "ranks"
+    return Watchdog(folder, job, rank.index, rank.world_size, timeout_seconds, on_hang)
+
+
+def _distill(
+    config: Config, run: RunDirectory, rank: Rank, stop: StopRequest, watchdog: Watchdog
+) -> None:
     if config.engine.world_size not in (None, rank.world_size):
         raise ConfigError(
             f"engine.world_size: {config.engine.world_size}, "
             f"but the launcher started {rank.world_size} ranks"
         )
+    watchdog.beat("loading")
     training = prepare_training(config, run, rank)
     # On rank 0 only: two live displays would draw over each other.
     with training.display.live() if rank.is_main else nullcontext():
         while True:
-            is_save_asked = rank.is_main and run.save_file.exists()
+            is_save_asked = rank.is_main and (run.save_file.exists() or _is_save_due(training))
             is_stop_asked = stop.is_asked() or training.is_stop_asked
+            watchdog.beat("next instruction", training.coordinator.progress.step)
             instruction = training.coordinator.next_instruction(is_stop_asked, is_save_asked)
+            watchdog.beat(instruction.action.name.lower())
             if instruction.action == Action.TRAIN:
                 _train(training, instruction, stop)
             elif instruction.action == Action.EVALUATE:
-                _evaluate(training)
+                _evaluate(training, watchdog)
             elif instruction.action == Action.SAVE:
                 _save(training)
             elif instruction.action == Action.STOP:
@@ -78,8 +106,16 @@ def _distill(config: Config, run: RunDirectory, rank: Rank, stop: StopRequest) -
                 )
             else:
                 break
+    watchdog.beat("export")
     _export(training)
     training.close()
+
+
+def _is_save_due(training: Training) -> bool:
+    """Returns whether the last checkpoint is older than `checkpoint.every_minutes`."""
+    minutes = training.config.checkpoint.every_minutes
+    seconds = time.monotonic() - training.saved_at_seconds
+    return minutes is not None and seconds >= 60.0 * minutes
 
 
 def _train(training: Training, instruction: Instruction, stop: StopRequest) -> None:
@@ -152,14 +188,20 @@ def _log_step(
         training.display.step(row, len(training.plan.stages))
 
 
-def _evaluate(training: Training) -> None:
+def _evaluate(training: Training, watchdog: Watchdog) -> None:
     """Computes the dev metric and tells the coordinator. Collective."""
     started = time.monotonic()
     config, coordinator = training.config, training.coordinator
     policy = training.policy if training.policy and training.policy.is_adaptive else None
     wanted = [config.dev.metric] if policy is None else [config.dev.metric, "loss"]
     values = dev_metrics(
-        training.engine, training.tokenizer, training.dev_rows, config, training.rank, wanted
+        training.engine,
+        training.tokenizer,
+        training.dev_rows,
+        config,
+        training.rank,
+        wanted,
+        on_batch=lambda: watchdog.beat("evaluate"),
     )
     value = values[config.dev.metric]
     coordinator.record_dev(value)
@@ -190,17 +232,24 @@ def _save(training: Training) -> None:
     if training.policy is not None:
         state["policy"] = training.policy.to_json()
         extra = training.policy.to_tensors()
-    num_bytes = save_checkpoint(training.engine, run.checkpoints, progress.step, state, rank, extra)
+    num_bytes = save_checkpoint(
+        training.engine,
+        run.checkpoints,
+        progress.step,
+        state,
+        rank,
+        extra,
+        before_commit=lambda: check_not_fenced(run.root),
+    )
+    training.saved_at_seconds = time.monotonic()
     seconds = time.monotonic() - started
     row = {"step": progress.step, "stage": progress.stage, "bytes": num_bytes, "seconds": seconds}
     training.record({"kind": "checkpoint", **row})
     if rank.is_main:
-        is_kept = training.config.export.select == "best_dev"
-        prune_checkpoints(
-            run.checkpoints,
-            training.config.checkpoint.keep_last,
-            progress.best_step if is_kept else -1,
-        )
+        kept = set(progress.stage_ends) if training.config.checkpoint.keep_stage_ends else set()
+        if training.config.export.select == "best_dev":
+            kept.add(progress.best_step)
+        prune_checkpoints(run.checkpoints, training.config.checkpoint.keep_last, kept)
         run.save_file.unlink(missing_ok=True)
         training.display.note(
             f"step {progress.step}: checkpoint, {num_bytes / 1e6:.1f} MB in {seconds:.1f} s"
@@ -212,7 +261,7 @@ def _export(training: Training) -> None:
     config, rank, run = training.config, training.rank, training.run
     progress = training.coordinator.progress
     step = progress.best_step if config.export.select == "best_dev" else progress.step
-    checkpoint = find_checkpoint(run.checkpoints, rank, only_step=step)
+    checkpoint = find_checkpoint(run.checkpoints, rank, "fail", only_step=step)
     if rank.is_main:
         assert checkpoint is not None, "the last step of a stage is always saved"
         dtype = torch_dtype(config.engine.dtype, rank.device)

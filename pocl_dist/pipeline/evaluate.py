@@ -141,7 +141,8 @@ def _answer(
     # One encoder for all models: they share a tokenizer, and the student's
     # template is what was trained.
     encoder = make_encoder(config, load_tokenizer(models[STUDENT]))
-    with stop_request(run) as stop, ray_session(config.ray):
+    limit = config.run.max_wallclock_minutes
+    with stop_request(run, limit) as stop, ray_session(config.ray):
         for model, source in models.items():
             pairs = [pair for pair in missing if pair.model == model]
             if pairs:

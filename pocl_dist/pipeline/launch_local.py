@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,11 +34,36 @@ def is_distilled(config: Config, run: RunDirectory) -> bool:
 
 
 def run_ranks(config: Config, run: RunDirectory) -> None:
-    """Runs distill on ranks, as `launch_ranks` says. A finished run is left as it is."""
+    """Runs distill on ranks, as `launch_ranks` says. A finished run is left as it is.
+
+    When a rank was lost, all are started again from the last checkpoint, `run.max_restarts` times,
+    as long as each start saves at least one more step than the one before.
+    """
     if is_distilled(config, run):
         print(f"distill: {run.export} is there", flush=True)
         return
-    launch_ranks(config, run, "distill")
+    reached = _last_saved(run)
+    for restart in range(config.run.max_restarts + 1):
+        try:
+            return launch_ranks(config, run, "distill")
+        except errors.WorkerError as error:
+            saved = _last_saved(run)
+            has_progress = restart == 0 or saved > reached
+            if restart == config.run.max_restarts or not has_progress:
+                raise
+            reached = saved
+            print(
+                f"distill: {error}\ndistill: restart {restart + 1} of {config.run.max_restarts}, "
+                f"from step {max(saved, 0)}",
+                flush=True,
+            )
+            run.write_status("running", None, "distill")
+
+
+def _last_saved(run: RunDirectory) -> int:
+    """Returns the step of the newest checkpoint, -1 without one."""
+    steps = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")]
+    return max(steps, default=-1)
 
 
 def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
@@ -69,6 +95,8 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever the launcher may have left behind
         if received:
             run.stop_file.unlink(missing_ok=True)
     _raise_outcome(code, run, step)

@@ -126,7 +126,8 @@ def _work_off(
         f"with {settings.model.origin}"
     )
     progress = RowProgress("measure", num_rows, num_rows - num_open)
-    with stop_request(run) as stop, ray_session(config.ray):
+    limit = config.run.max_wallclock_minutes
+    with stop_request(run, limit) as stop, ray_session(config.ray):
         for name, result in answer_shards(config, stop, settings, "measure", shards, progress):
             assert isinstance(result, list)
             _save_shard(config, run, name, result)

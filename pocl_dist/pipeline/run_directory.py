@@ -1,9 +1,8 @@
-"""The run directory: names of its files, its lock, its status, and what each step was made from."""
+"""The run directory: names of its files, its status, and what each step was made from."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 
 from pocl_dist.config import Config, compare_inputs, dump_config
 from pocl_dist.errors import (
-    BusyError,
     ConfigError,
     DataError,
     MismatchError,
@@ -29,6 +27,9 @@ from pocl_dist.files import (
     atomic_write_text,
     read_json,
 )
+
+ATTEMPT_VARIABLE = "POCL_DIST_ATTEMPT"
+"""Tells ranks that `run` or `distill` started which attempt they belong to."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class RunDirectory:
             "retryable": exit_code is not None and exit_code_row(exit_code).is_retryable,
             "phase": phase,
             "reason": reason,
+            "attempt": int(os.environ.get(ATTEMPT_VARIABLE, "1")),
             "host": socket.gethostname(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -140,72 +142,6 @@ def check_made_from(path: Path, expected: Mapping[str, JSONValue]) -> bool:
         raise MismatchError(str(error)) from error
     compare_inputs(found, expected, path.parent if path.name == "inputs.json" else path)
     return True
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _holder(path: Path) -> dict[str, JSONValue] | None:
-    """Returns what a lock says; None when it is gone, empty when it is half written or damaged."""
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-
-
-def _is_held(held: Mapping[str, JSONValue]) -> bool:
-    """Returns whether a lock's holder may be alive; on another host nobody can tell from here."""
-    pid = held.get("pid")
-    return not (
-        held.get("host") == socket.gethostname() and isinstance(pid, int) and not _is_alive(pid)
-    )
-
-
-def is_locked(root: Path) -> bool:
-    """Returns whether a run that may be alive holds the run directory."""
-    held = _holder(root / "lock")
-    return held is not None and _is_held(held)
-
-
-@contextlib.contextmanager
-def run_lock(root: Path) -> Iterator[None]:
-    """Holds `lock` in the run directory; raises BusyError (73) when a live run has it.
-
-    A lock left by a dead process of this host is taken over. One left by another host cannot be
-    checked from here: the message names it, and a person removes the file.
-    """
-    path, host = root / "lock", socket.gethostname()
-    root.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            break
-        except FileExistsError:
-            held = _holder(path)
-            if held is None:
-                continue  # released meanwhile
-            if _is_held(held):
-                raise BusyError(
-                    f"{root} is in use by process {held.get('pid')} on {held.get('host')} since "
-                    f"{held.get('since')}; if that run is dead, remove {path}"
-                ) from None
-            path.unlink(missing_ok=True)
-    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with os.fdopen(handle, "w") as stream:
-        json.dump({"host": host, "pid": os.getpid(), "since": since}, stream)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""Ways to ask a run to save and stop: SIGTERM, SIGUSR1, Ctrl-C, and the file `control/stop`."""
+"""Ways to ask a run to save and stop: SIGTERM, SIGUSR1, Ctrl-C, `control/stop`, a time limit."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 from pocl_dist.pipeline.run_directory import RunDirectory
@@ -11,11 +12,29 @@ from pocl_dist.pipeline.run_directory import RunDirectory
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+STARTED_VARIABLE = "POCL_DIST_STARTED"
+"""When the attempt began, on this machine's clock since boot; processes below take it over."""
+
+
+def mark_start() -> None:
+    """Starts the clock of `run.max_wallclock_minutes`, unless a process above has."""
+    os.environ.setdefault(STARTED_VARIABLE, repr(_now()))
+
+
+def _now() -> float:
+    # Not the wall clock, which may jump; and the same in all processes of a machine.
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class StopRequest:
     """A flag that signals set, looked at between steps. A second one ends the process at once."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, max_wallclock_minutes: float | None = None) -> None:
         self._run = run
+        self._ends_at: float | None = None
+        if max_wallclock_minutes is not None:
+            started = float(os.environ.get(STARTED_VARIABLE) or _now())
+            self._ends_at = started + 60.0 * max_wallclock_minutes
         self._signal: int | None = None
 
     def install(self) -> None:
@@ -36,5 +55,6 @@ class StopRequest:
         return self._signal is not None
 
     def is_asked(self) -> bool:
-        """Returns whether this process got a signal or the stop file is there."""
-        return self.was_signalled or self._run.stop_file.exists()
+        """Returns whether there was a signal, the stop file is there, or the time is up."""
+        is_time_up = self._ends_at is not None and _now() >= self._ends_at
+        return self.was_signalled or is_time_up or self._run.stop_file.exists()

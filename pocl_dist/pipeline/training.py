@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
-
-import torch
 
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Coordinator, Progress
@@ -14,26 +13,21 @@ from pocl_dist.distributed.checkpoint import (
     Checkpoint,
     agree_on_digest,
     find_checkpoint,
-    restore_optimizer,
 )
 from pocl_dist.distributed.collectives import barrier
-from pocl_dist.distributed.engine import build_student_engine, num_micro_batches
+from pocl_dist.distributed.engine import num_micro_batches
 from pocl_dist.distributed.process_group import Rank, torch_dtype
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of
-from pocl_dist.models.heads import check_head
 from pocl_dist.models.loading import (
     check_same_tokenizer,
-    load_model,
     load_tokenizer,
     tokenizer_digest,
 )
-from pocl_dist.models.lora import add_lora
-from pocl_dist.models.packing import check_packing, needs_one_row
+from pocl_dist.models.packing import needs_one_row
 from pocl_dist.models.sources import model_digest
 from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
 from pocl_dist.pipeline.cache_inputs import cached_teacher
-from pocl_dist.pipeline.export import copy_weights
 from pocl_dist.pipeline.inputs import (
     make_encoder,
     read_dev,
@@ -45,6 +39,7 @@ from pocl_dist.pipeline.inputs import (
 from pocl_dist.pipeline.plan import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.student import StudentWithLoss
+from pocl_dist.pipeline.student_engine import student_engine
 from pocl_dist.records import EncodedExample, Example, Plan
 from pocl_dist.run_log import MetricsLog, TrainingDisplay
 from pocl_dist.teacher.base import Teacher
@@ -77,6 +72,7 @@ class Training:
     log: MetricsLog | None  # rank 0 writes, the others do not
     display: TrainingDisplay
     needs_one_row: bool = False  # packed examples must lie in a single row (flash attention)
+    saved_at_seconds: float = field(default_factory=time.monotonic)
     is_stop_asked: bool = False  # a signal to any rank, as the ranks told each other
 
     @property
@@ -136,7 +132,6 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     num_micro_batches(
         config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size
     )
-    dtype = torch_dtype(config.engine.dtype, rank.device)
     plan = read_plan(run.plan)
     rows, dev = read_train(config), read_dev(config)
     student, teacher_folder = student_source(config, run), teacher_source(config, run)
@@ -150,7 +145,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         atomic_write_json(record, inputs)
     barrier(rank)
 
-    checkpoint = find_checkpoint(run.checkpoints, rank)
+    checkpoint = find_checkpoint(run.checkpoints, rank, config.resume.on_damage)
     coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
     encoded = _encode_all(rows.examples, tokenizer, config, "train", rank)
     policy = _policy(config, plan, encoded, rank, checkpoint)
@@ -162,25 +157,14 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         teacher_folder = None  # nothing will be asked of it
     if teacher_folder is not None and config.teacher.source != "online":
         teacher = cached_teacher(config, run, rank, teacher_folder, rows, plan, encoded)
-    engine = _student_engine(config, rank, student, tokenizer, checkpoint)
+    engine = student_engine(config, rank, student, tokenizer, checkpoint)
     if teacher_folder is not None and config.teacher.source == "online":
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
     resume_step = -1 if checkpoint is None else checkpoint.step
     display = TrainingDisplay(sum(stage.num_steps for stage in plan.stages), config.log.every)
-    if checkpoint is not None and rank.is_main:
-        print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
     if rank.is_main:
-        num_batches = num_micro_batches(
-            config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size
-        )
-        print(
-            f"distill: {rank.world_size} rank(s) on {rank.device.type}, "
-            f"ZeRO stage {config.engine.zero_stage}, {dtype}, "
-            f"from {num_batches} micro-batch(es) of at most "
-            f"{config.engine.micro_batch_size} rows per rank and step",
-            flush=True,
-        )
+        _say_start(config, rank, checkpoint)
     return Training(
         config=config,
         run=run,
@@ -199,6 +183,21 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
         display=display,
         needs_one_row=needs_one_row(cast("StudentWithLoss", engine.module).model),
+    )
+
+
+def _say_start(config: Config, rank: Rank, checkpoint: Checkpoint | None) -> None:
+    engine = config.engine
+    if checkpoint is not None:
+        print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
+    num_batches = num_micro_batches(
+        engine.global_batch_size, rank.world_size, engine.micro_batch_size
+    )
+    print(
+        f"distill: {rank.world_size} rank(s) on {rank.device.type}, ZeRO stage "
+        f"{engine.zero_stage}, {torch_dtype(engine.dtype, rank.device)}, from {num_batches} "
+        f"micro-batch(es) of at most {engine.micro_batch_size} rows per rank and step",
+        flush=True,
     )
 
 
@@ -241,34 +240,3 @@ def _inputs(
         "digest.teacher": None if teacher is None else model_digest(teacher),
         "digest.tokenizer": tokenizer_digest(tokenizer),
     }
-
-
-def _student_engine(
-    config: Config,
-    rank: Rank,
-    student: ModelFolder,
-    tokenizer: PreTrainedTokenizerBase,
-    checkpoint: Checkpoint | None,
-) -> DeepSpeedEngine:
-    model = load_model(student, torch.float32)
-    lora = config.models.student.lora
-    if lora is not None:
-        add_lora(model, lora, config.seed)
-    if checkpoint is not None:
-        copy_weights(checkpoint, model)
-    elif not config.loss.full_logits:
-        check_head(model, len(tokenizer))
-    if config.engine.packing:
-        check_packing(model, len(tokenizer))
-    if config.engine.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = StudentWithLoss(model, config.loss, len(tokenizer), lora)
-    dtype = torch_dtype(config.engine.dtype, rank.device)
-    for parameter in module.parameters():
-        # Not module.to(): buffers, such as the frequencies of RoPE, stay fp32, as from_pretrained
-        # leaves them; in bf16 the angles would be off by 0.2 rad at position 511.
-        parameter.data = parameter.data.to(dtype)
-    engine = build_student_engine(module, config, rank)
-    if checkpoint is not None:
-        restore_optimizer(engine, checkpoint)
-    return engine
