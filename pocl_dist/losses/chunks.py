@@ -108,6 +108,10 @@ def _buffer_CR(tokens: Tokens, hidden_NH: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(tokens: Tokens) -> Iterator[torch.Tensor]:
-    """Yields the row numbers of each chunk of labelled tokens; nothing when there are none."""
-    if len(tokens.valid_rows_M):
-        yield from torch.split(tokens.valid_rows_M, tokens.chunk_size)
+    """Yields the row numbers of each chunk of labelled tokens; nothing when there are none.
+
+    Chunks are equal but for one row: a short last one would cost a pass over the head as well.
+    """
+    num_rows = len(tokens.valid_rows_M)
+    if num_rows:
+        yield from tokens.valid_rows_M.tensor_split(-(-num_rows // tokens.chunk_size))
