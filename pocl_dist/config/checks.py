@@ -47,6 +47,27 @@ def _check_models(config: Config) -> None:
             )
 
 
+def _check_policy(config: Config) -> None:
+    policy = config.policy
+    if policy.mode == "off":
+        return
+    if config.models.teacher is None:
+        raise ConfigError(f"policy.mode: {policy.mode!r} needs models.teacher, which is null")
+    if config.teacher.source.startswith("cache_"):
+        raise ConfigError(
+            f"policy.mode: {policy.mode!r} is not possible with teacher.source "
+            f"{config.teacher.source!r}, which holds the references only; use 'online'"
+        )
+    if policy.mode == "adaptive" and config.data.dev is None:
+        raise ConfigError("policy.mode: 'adaptive' needs data.dev: it follows the dev loss")
+    batch_size = config.engine.global_batch_size
+    if policy.mode == "adaptive" and policy.replay_buffer_size < batch_size:
+        raise ConfigError(
+            f"policy.replay_buffer_size: {policy.replay_buffer_size} answers cannot fill a batch "
+            f"of engine.global_batch_size {batch_size} rows"
+        )
+
+
 def _check_engine(config: Config) -> None:
     engine = config.engine
     if engine.world_size is not None and engine.global_batch_size % engine.world_size:
@@ -96,34 +117,13 @@ def _check_data(config: Config) -> None:
         raise ConfigError("export.select: 'best_dev' needs data.dev")
 
 
-def _check_policy(config: Config) -> None:
-    policy = config.policy
-    if policy.mode == "off":
-        return
-    if config.models.teacher is None:
-        raise ConfigError(f"policy.mode: {policy.mode!r} needs models.teacher, which is null")
-    if config.teacher.source.startswith("cache_"):
-        raise ConfigError(
-            f"policy.mode: {policy.mode!r} is not possible with teacher.source "
-            f"{config.teacher.source!r}, which holds the references only; use 'online'"
-        )
-    if policy.mode == "adaptive" and config.data.dev is None:
-        raise ConfigError("policy.mode: 'adaptive' needs data.dev: it follows the dev loss")
-    batch_size = config.engine.global_batch_size
-    if policy.mode == "adaptive" and policy.replay_buffer_size < batch_size:
-        raise ConfigError(
-            f"policy.replay_buffer_size: {policy.replay_buffer_size} answers cannot fill a batch "
-            f"of engine.global_batch_size {batch_size} rows"
-        )
-
-
 def check_config(config: Config) -> None:
     """Raises ConfigError (64) for keys that contradict each other."""
     curriculum = config.curriculum
     _check_models(config)
+    _check_policy(config)
     _check_data(config)
     _check_engine(config)
-    _check_policy(config)
     _check_schedule(
         "curriculum.temperature", curriculum.temperature, curriculum.num_stages, 1e-3, 1e3
     )
