@@ -40,7 +40,7 @@ class Blocks:
         self.kind = objective.kind(needs_grad=needs_grad)
         self.factors = objective.factors()
         if tokens.is_compiled:
-            self.factors = Factors(*(torch.full_like(sums.loss, x) for x in self.factors))
+            self.factors = Factors(*(torch.full_like(sums.loss, float(x)) for x in self.factors))
 
     def add(
         self,

@@ -100,11 +100,11 @@ def distillation_loss(
     inputs = (student_hidden_NH, student_head.weight_VH, student_head.bias_V)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         apply: Callable[..., tuple[torch.Tensor, ...]] = _GradientInForward.apply
-        sums = apply(*inputs, tokens, objective)
+        loss_sum, kd_loss_sum, ce_loss_sum, kl_sum = apply(*inputs, tokens, objective)
     else:
         done = sum_over_chunks(*inputs, tokens, objective, needs_grad=(False, False, False))
-        sums = (done.loss, done.kd_loss, done.ce_loss, done.kl)
-    return DistillationLoss(*sums, len(tokens.valid_rows_M))
+        loss_sum, kd_loss_sum, ce_loss_sum, kl_sum = done.loss, done.kd_loss, done.ce_loss, done.kl
+    return DistillationLoss(loss_sum, kd_loss_sum, ce_loss_sum, kl_sum, len(tokens.valid_rows_M))
 
 
 class _GradientInForward(torch.autograd.Function):
