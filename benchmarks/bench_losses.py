@@ -5,7 +5,8 @@
 Every side gets the same hidden states, heads and labels, and returns the mean divergence and the
 gradients of hidden states and head. Sides run one after another, each in a process of its own: a
 check on few tokens (value and gradients must agree, else exit 1), then one warm-up at full size and
-`--repeats` timed runs. Memory is the largest peak of a timed run over what was held before it.
+`--repeats` timed runs, and one with another number of tokens, as every training step has. Memory is
+the largest peak of a timed run over what was held before it.
 """
 
 from __future__ import annotations
@@ -200,8 +201,15 @@ def time_side(side: str, work: Work, repeats: int) -> dict[str, object]:
             value = work.backward(side)
             seconds.append(time.perf_counter() - start)
         peaks.append(memory.bytes)
+    fewer = make_work(
+        len(work.labels_N) - 5, *work.student_weight_VH.shape, work.divergence, work.temperature
+    )
+    start = time.perf_counter()
+    fewer.backward(side)
     return {
         "seconds": min(seconds),
+        # What a training step meets: another number of tokens. Compiled peers compile again.
+        "first_seconds_at_another_size": time.perf_counter() - start,
         "peak_bytes": max(peaks),
         "all_seconds": seconds,
         "warm_up_seconds": warm_up_seconds,
@@ -229,6 +237,8 @@ def disagreements(shape: tuple[int, int, int], args: argparse.Namespace) -> dict
             path = str(Path(folder) / side)
             done = run_side(__file__, ["--side", side, "--check", path, *few])
             if "error" in done:
+                if side in OURS:
+                    raise SystemExit(f"{side}: {done['error']}")
                 errors[side] = done["error"]
                 continue
             got = torch.load(path)

@@ -146,7 +146,8 @@ def test_chunk_size_changes_nothing(dtype: torch.dtype, chunk_size: int | None) 
         torch.testing.assert_close(got, expected)
 
 
-@every_divergence
+# Not for adaptive KL: its weights get no gradient by definition, so finite differences see more.
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"adaptive_kl"}))
 def test_gradcheck_holds_for_hidden_weight_and_bias(name: str) -> None:
     case = make_case()
 
@@ -158,8 +159,6 @@ def test_gradcheck_holds_for_hidden_weight_and_bias(name: str) -> None:
         return changed.loss(name, 1.6, 0.8, chunk_size=5).loss_sum
 
     # Fast mode: one random direction per input, 1 s instead of 30 s.
-    if name == "adaptive_kl":
-        pytest.skip("its weights get no gradient, so finite differences see another slope")
     assert torch.autograd.gradcheck(loss_sum, case.leaves(), fast_mode=True)
 
 

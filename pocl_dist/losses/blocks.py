@@ -5,6 +5,7 @@ C tokens of a chunk, B rows of a block, R real tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ class Blocks:
         """
         labels_C1 = self.tokens.labels_N.index_select(0, rows_C).unsqueeze(1)
         num_blocks = self._num_blocks(logits_CR)
-        teacher_blocks = (
+        teacher_blocks: Sequence[torch.Tensor | None] = (
             [None] * num_blocks
             if teacher_logits_CR is None
             else teacher_logits_CR.tensor_split(num_blocks)

@@ -144,7 +144,7 @@ class _GradientInForward(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         # In place, since the head's gradient is the largest tensor here; unless backward may run
         # again over the same graph (retain_graph, gradcheck).
-        is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        is_last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
         grads = [
             None
             if grad is None
