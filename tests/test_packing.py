@@ -31,14 +31,6 @@ MODELS: dict[str, dict[str, object]] = {
     "llama": LLAMA,
     "qwen2": LLAMA,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "opt": {
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "word_embed_proj_dim": 32,
-    },
     "mistral": {**LLAMA, "sliding_window": 4},
 }
 
@@ -118,16 +110,19 @@ def test_a_model_that_cannot_keep_packed_examples_apart_is_refused_by_name() -> 
         check_packing(AutoModelForCausalLM.from_config(config).eval(), VOCABULARY)
 
 
-def test_a_model_that_ignores_where_examples_start_is_refused_by_what_it_computes() -> None:
-    model = tiny_model("llama", seed=1)
-    whole = backbone_module(model).forward
-
-    def forward(input_ids=None, position_ids=None, **rest):  # type: ignore[no-untyped-def]
-        return whole(input_ids=input_ids, **rest)
-
-    backbone_module(model).forward = forward
-    with pytest.raises(ConfigError, match=r"engine\.packing.*LlamaForCausalLM.*see each other"):
-        check_packing(model, VOCABULARY)
+def test_a_model_whose_packed_examples_see_each_other_is_refused_by_what_it_computes() -> None:
+    # OPT takes positions, but builds its causal mask without them.
+    config = CONFIG_MAPPING["opt"](
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    torch.manual_seed(1)
+    with pytest.raises(ConfigError, match=r"engine\.packing.*OPTForCausalLM.*see each other"):
+        check_packing(AutoModelForCausalLM.from_config(config).eval(), VOCABULARY)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
