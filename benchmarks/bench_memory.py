@@ -3,8 +3,9 @@
     python benchmarks/bench_memory.py [--ranks 1 2 4] [--hidden 512] --json
 
 Every row trains one step of a Llama with random weights on real ranks (gloo) and counts what the
-engine holds: gradients after each of two micro-batches (the most), the rest after the update. `expected_bytes` is the formula
-beside it; a difference of more than a tenth is an error. `markdown` holds the table.
+engine holds: gradients after each of two micro-batches (the most), the rest after the update.
+`expected_bytes` is the formula beside it; a difference of more than a tenth is an error. `markdown`
+holds the table.
 """
 
 from __future__ import annotations
