@@ -26,27 +26,30 @@ class HeldBytes:
 def expected_bytes(num_parameters: int, zero_stage: int, world_size: int) -> HeldBytes:
     """Returns what AdamW in fp32 needs per rank (Rajbhandari et al., arXiv 1910.02054, section 5).
 
-    P parameters of 4 bytes, n ranks, two moments:
+    P parameters of 4 bytes, n ranks, two moments. DeepSpeed 0.19 updates a copy of a rank's part
+    also where weights are fp32 already, so the paper's 8 P / n of an fp32 optimizer are 12 P / n:
 
     stage   parameters   gradients   optimizer
     0       4 P          4 P         8 P
-    1       4 P          4 P         12 P / n   moments and a copy of the part that is updated
+    1       4 P          4 P         12 P / n
     2       4 P          4 P / n     12 P / n
-    3       4 P / n      4 P / n     8 P / n    the partition itself is updated
+    3       4 P / n      4 P / n     12 P / n
     """
     whole = 4 * num_parameters
     part = -(-whole // world_size)
     if zero_stage == 0:
         return HeldBytes(whole, whole, 2 * whole)
-    if zero_stage == 3:
-        return HeldBytes(part, part, 2 * part)
-    return HeldBytes(whole, whole if zero_stage == 1 else part, 3 * part)
+    return HeldBytes(
+        parameters=part if zero_stage == 3 else whole,
+        gradients=whole if zero_stage == 1 else part,
+        optimizer=3 * part,
+    )
 
 
 def held_bytes(engine: DeepSpeedEngine) -> HeldBytes:
     """Returns what the tensors of a student engine take on this rank, each storage counted once.
 
-    Gradients are those between backward and `engine.step()`; after it there are none.
+    Gradients are those between two micro-batches of a step; after the update there are none.
     """
     zero, seen = engine.optimizer, set[int]()
     module_parameters = list(engine.module.parameters())
@@ -57,6 +60,7 @@ def held_bytes(engine: DeepSpeedEngine) -> HeldBytes:
     masters = [p for group in optimizer.param_groups for p in group["params"]]
     masters += [*getattr(zero, "fp32_partitioned_groups_flat", [])]
     gradients = [p.grad for p in [*module_parameters, *masters] if p.grad is not None]
+    gradients += _tensors([getattr(p, "grad_accum", None) for p in module_parameters])
     for name in ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer"):
         gradients += _tensors(getattr(zero, name, None))
     num_gradient_bytes = _new_bytes(gradients, seen)
