@@ -6,6 +6,8 @@ N tokens of a micro-batch, V real tokens of the vocabulary. All logits exist at 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -35,36 +37,13 @@ def full_logits_loss(
     """
     if isinstance(divergence, str):
         divergence = get_divergence(divergence)
-    teacher_shape = None if teacher_logits_NV is None else teacher_logits_NV.shape
-    if teacher_shape not in (None, student_logits_NV.shape):
-        raise ValueError(f"logits {student_logits_NV.shape} and teacher's {teacher_shape} differ")
-    if labels_N.shape != student_logits_NV.shape[:1]:
-        raise ValueError(f"logits {student_logits_NV.shape} and labels {labels_N.shape} differ")
-    if kd_ratio > 0 and teacher_logits_NV is None:
-        raise ValueError(f"a teacher must be given unless kd_ratio is 0 (it is {kd_ratio})")
+    _check(student_logits_NV, teacher_logits_NV, labels_N, kd_ratio)
     scale = temperature_scale(
         temperature,
         temperature_scaling,
         temperature_order=divergence.temperature_order,
         published_order=divergence.published_order,
     )
-
-    def part_sums(
-        student_CV: torch.Tensor, teacher_CV: torch.Tensor | None, labels_C: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns [kd, ce, kl] sums of a chunk."""
-        student_CV = _wide(student_CV)
-        logprobs_CV = student_CV.log_softmax(dim=-1)
-        ce_sum = -logprobs_CV.gather(1, labels_C[:, None]).sum()
-        if teacher_CV is None:
-            return torch.stack([ce_sum * 0, ce_sum, ce_sum * 0])
-        teacher_CV = _wide(teacher_CV)
-        divergence_C = divergence(
-            (student_CV / temperature).log_softmax(dim=-1),
-            (teacher_CV / temperature).log_softmax(dim=-1),
-        )
-        kl_sum = forward_kl(logprobs_CV.detach(), teacher_CV.log_softmax(dim=-1)).sum()
-        return torch.stack([scale * divergence_C.sum(), ce_sum, kl_sum])
 
     is_label_N = labels_N != IGNORE_INDEX
     student_MV, labels_M = student_logits_NV[is_label_N], labels_N[is_label_N]
@@ -76,7 +55,7 @@ def full_logits_loss(
         rows = slice(start, start + size)
         teacher_CV = None if teacher_MV is None else teacher_MV[rows]
         sums = sums + checkpoint(
-            part_sums,
+            partial(_part_sums, divergence=divergence, temperature=temperature, scale=scale),
             student_MV[rows],
             teacher_CV,
             labels_M[rows],
@@ -88,6 +67,45 @@ def full_logits_loss(
     return DistillationLoss(
         loss_sum, kd_sum.detach(), ce_sum.detach(), kl_sum.detach(), len(labels_M)
     )
+
+
+def _check(
+    student_logits_NV: torch.Tensor,
+    teacher_logits_NV: torch.Tensor | None,
+    labels_N: torch.Tensor,
+    kd_ratio: float,
+) -> None:
+    teacher_shape = None if teacher_logits_NV is None else teacher_logits_NV.shape
+    if teacher_shape not in (None, student_logits_NV.shape):
+        raise ValueError(f"logits {student_logits_NV.shape} and teacher's {teacher_shape} differ")
+    if labels_N.shape != student_logits_NV.shape[:1]:
+        raise ValueError(f"logits {student_logits_NV.shape} and labels {labels_N.shape} differ")
+    if kd_ratio > 0 and teacher_logits_NV is None:
+        raise ValueError(f"a teacher must be given unless kd_ratio is 0 (it is {kd_ratio})")
+
+
+def _part_sums(
+    student_CV: torch.Tensor,
+    teacher_CV: torch.Tensor | None,
+    labels_C: torch.Tensor,
+    *,
+    divergence: Divergence,
+    temperature: float,
+    scale: float,
+) -> torch.Tensor:
+    """Returns [kd, ce, kl] sums of a chunk."""
+    student_CV = _wide(student_CV)
+    logprobs_CV = student_CV.log_softmax(dim=-1)
+    ce_sum = -logprobs_CV.gather(1, labels_C[:, None]).sum()
+    if teacher_CV is None:
+        return torch.stack([ce_sum * 0, ce_sum, ce_sum * 0])
+    teacher_CV = _wide(teacher_CV)
+    divergence_C = divergence(
+        (student_CV / temperature).log_softmax(dim=-1),
+        (teacher_CV / temperature).log_softmax(dim=-1),
+    )
+    kl_sum = forward_kl(logprobs_CV.detach(), teacher_CV.log_softmax(dim=-1)).sum()
+    return torch.stack([scale * divergence_C.sum(), ce_sum, kl_sum])
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
