@@ -305,13 +305,13 @@ def test_answers_of_complete_shards_are_kept_and_another_server_is_refused(
     tiny_pair: Pair, tmp_path: Path, scripted, ray_of_module: None
 ) -> None:
     """The server breaks down after the probe and the first shard of eight; then it goes on."""
-    url, seen = scripted(
-        lambda path, body, n: (
-            completion("the cat", len(body["prompt"]))
-            if n <= 9 or n > 11
-            else (400, {"error": "broken"})
-        )
-    )
+    is_repaired = threading.Event()
+
+    def breaking(path: str, body: dict, n: int) -> tuple[int, dict]:
+        is_well = n <= 9 or is_repaired.is_set()
+        return completion("the cat", len(body["prompt"])) if is_well else (400, {"error": "broken"})
+
+    url, seen = scripted(breaking)
     train = write_varied_rows(tmp_path / "train.jsonl", 16)
     section = server_section(url, "student", "token_ids", server_concurrency=1)
     config, run = make_run(tmp_path, tiny_pair[1], train, None, measure=section)
@@ -319,10 +319,10 @@ def test_answers_of_complete_shards_are_kept_and_another_server_is_refused(
         measure(config, run)
     kept = list(run.difficulty.glob("answers-*.json"))
     assert len(kept) == 1 and len(read_json(kept[0])) == 8
-    num_before = len(seen)
-    seen.extend([({}, {})] * 2)  # past the breakdown
+    assert len(seen) == 10
+    is_repaired.set()
     measure(config, run)
-    assert len(seen) - num_before - 2 == 1 + 8  # a probe and the other shard
+    assert len(seen) == 10 + 1 + 8  # a probe and the other shard
     records = read_records(run.difficulty)
     assert len(records) == 16 and {record.answer for record in records} == {"the cat"}
     other, _ = make_run(

@@ -36,6 +36,7 @@ def ask_all(
                 results.put((prompt, ask(server, prompt, max_new_tokens, is_given_up)))
             except Exception as error:  # raised where the answers are wanted
                 results.put((prompt, error))
+                is_given_up.set()
 
     for _ in range(min(concurrency, len(prompts))):
         # Daemons: a process that stops does not wait minutes for requests under way.
