@@ -83,7 +83,10 @@ class BlockCompiler:
                 torch._dynamo.mark_dynamic(tensor_BR, 0)
         try:
             return self._function(kind)(logits_BR, teacher_logits_BR, factors)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (
+            torch._dynamo.exc.TorchDynamoException,
+            torch._dynamo.exc.FailOnRecompileLimitHit,  # 8 kinds in one process, no run has that
+        ) as error:
             if mode == "always":
                 raise ConfigError(
                     f"loss.compile: 'always', but compiling failed: {error}"
