@@ -75,7 +75,9 @@ class BlockCompiler:
         If the compiler fails: under `auto` warns, once, and runs this and every later call of the
         process uncompiled; under `always` raises ConfigError.
         """
-        if len(logits_BR) == 1 or self.has_failed:  # one row would be a compilation of its own
+        if len(logits_BR) == 1 or (
+            self.has_failed and mode == "auto"
+        ):  # one row would be a compilation of its own
             return block_terms(kind, logits_BR, teacher_logits_BR, factors)
         for tensor_BR in (logits_BR, teacher_logits_BR):
             if tensor_BR is not None:
