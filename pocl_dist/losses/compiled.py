@@ -75,7 +75,9 @@ class BlockCompiler:
         If the compiler fails: under `auto` warns, once, and runs this and every later call of the
         process uncompiled; under `always` raises ConfigError.
         """
-        if len(logits_BR) == 1 or self.has_failed:  # one row would be a compilation of its own
+        if len(logits_BR) == 1 or (
+            self.has_failed and mode == "auto"
+        ):  # one row would be a compilation of its own
             return block_terms(kind, logits_BR, teacher_logits_BR, factors)
         for tensor_BR in (logits_BR, teacher_logits_BR):
             if tensor_BR is not None:
@@ -83,7 +85,10 @@ class BlockCompiler:
                 torch._dynamo.mark_dynamic(tensor_BR, 0)
         try:
             return self._function(kind)(logits_BR, teacher_logits_BR, factors)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (
+            torch._dynamo.exc.TorchDynamoException,
+            torch._dynamo.exc.FailOnRecompileLimitHit,  # 8 kinds in one process, no run has that
+        ) as error:
             if mode == "always":
                 raise ConfigError(
                     f"loss.compile: 'always', but compiling failed: {error}"
