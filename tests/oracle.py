@@ -48,7 +48,7 @@ def _train_steps(path: str, num_steps: int) -> Steps:
         )
         return update(engine)
 
-    def note(training, instruction, result, seconds) -> None:  # type: ignore[no-untyped-def]
+    def note(training, instruction, result, *_) -> None:  # type: ignore[no-untyped-def]
         seen.losses.append(result.loss)
 
     train_step._update, distill._log_step = look, note

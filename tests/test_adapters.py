@@ -220,7 +220,8 @@ def test_teacher_and_student_with_adapters_train_as_their_merged_folders_do(
     )  # fmt: skip
     plain = write_config(tmp_path / "plain", *tiny_pair, curriculum=curriculum)
     ran = train_all({"beside": beside, "merged": merged, "plain": plain}, 2)
-    steps = {name: found for name, (found, error) in ran.items() if not error}
+    assert {name: error for name, (_, error) in ran.items() if error} == {}
+    steps = {name: found for name, (found, _) in ran.items()}
     assert_same_steps(steps["beside"], steps["merged"], 0.0)  # type: ignore[arg-type]
     assert steps["beside"].losses != steps["plain"].losses  # type: ignore[union-attr]
     assert len(left_in(cache_folder())) == 2
