@@ -70,7 +70,7 @@ def test_rows_are_read_back_with_the_ids_and_prompts_that_they_had(
 
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
-    encoder = Encoder(tokenizer, template, 200, 120)
+    encoder = Encoder(tokenizer, template, 400, 300)
     before = read_rows(str(write_mixed_rows(tmp_path / "rows.jsonl")), "data.train").examples
     rows = [row_of(example, f"answer {index}") for index, example in enumerate(before)]
     (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
