@@ -28,7 +28,7 @@ from pocl_dist.models.loading import (
     load_tokenizer,
     tokenizer_digest,
 )
-from pocl_dist.models.packing import check_packing, needs_one_row
+from pocl_dist.models.packing import check_packing
 from pocl_dist.models.sources import model_digest
 from pocl_dist.pipeline.export import PREFIX
 from pocl_dist.pipeline.inputs import (
@@ -72,7 +72,6 @@ class Training:
     coordinator: Coordinator
     log: MetricsLog | None  # rank 0 writes, the others do not
     display: TrainingDisplay
-    needs_one_row: bool = False  # packed examples must lie in a single row (flash attention)
     is_stop_asked: bool = False  # a signal to any rank, as the ranks told each other
 
     @property
@@ -186,7 +185,6 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         coordinator=coordinator,
         log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
         display=display,
-        needs_one_row=needs_one_row(cast("StudentWithLoss", engine.module).model),
     )
 
 
