@@ -8,6 +8,7 @@ from pocl_dist.curriculum.coordinator import Instruction
 from pocl_dist.data.batching import packed_layout, packed_rows, padded_layout
 from pocl_dist.data.encoding import collate, collate_packed, pad_id_of
 from pocl_dist.data.sampler import StageSampler
+from pocl_dist.models.packing import needs_one_row
 from pocl_dist.pipeline.training import Training
 from pocl_dist.records import Batch, EncodedExample
 
@@ -45,7 +46,9 @@ def micro_batches(training: Training, examples: Sequence[EncodedExample]) -> lis
         return [collate([examples[i] for i in part], pad_id) for part in shares[rank.index]]
     shares = packed_layout(lengths, rank.world_size, engine.micro_batch_size)
     return [
-        collate_packed(_rows([examples[i] for i in part], training.needs_one_row), pad_id)
+        collate_packed(
+            _rows([examples[i] for i in part], needs_one_row(training.module.model)), pad_id
+        )
         for part in shares[rank.index]
     ]
 

@@ -23,7 +23,6 @@ from pocl_dist.models.loading import (
     load_tokenizer,
     tokenizer_digest,
 )
-from pocl_dist.models.packing import needs_one_row
 from pocl_dist.models.sources import model_digest
 from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
@@ -71,7 +70,6 @@ class Training:
     policy: OnPolicy | None  # None: the references are trained on
     log: MetricsLog | None  # rank 0 writes, the others do not
     display: TrainingDisplay
-    needs_one_row: bool = False  # packed examples must lie in a single row (flash attention)
     saved_at_seconds: float = field(default_factory=time.monotonic)
     is_stop_asked: bool = False  # a signal to any rank, as the ranks told each other
 
@@ -182,7 +180,6 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         policy=policy,
         log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
         display=display,
-        needs_one_row=needs_one_row(cast("StudentWithLoss", engine.module).model),
     )
 
 
