@@ -179,12 +179,12 @@ def cached_by_ranks(
 
 
 def _distill_without_teacher(path: str, overrides: list[str]) -> None:
-    from pocl_dist.pipeline import distill, training
+    from pocl_dist.pipeline import distill, student_engine, training
 
     def refuse(*_: object) -> None:
         raise AssertionError("the teacher's engine was built")
 
-    load = training.load_model
+    load = student_engine.load_model
     training.OnlineTeacher = refuse  # type: ignore[assignment,misc]
     config = load_config([path], overrides)
 
@@ -192,7 +192,7 @@ def _distill_without_teacher(path: str, overrides: list[str]) -> None:
         assert str(source.folder) == config.models.student.path
         return load(source, dtype)
 
-    training.load_model = load_student  # type: ignore[assignment]
+    student_engine.load_model = load_student  # type: ignore[assignment]
     distill.distill_rank(config, RunDirectory(Path(config.run_dir)))
 
 

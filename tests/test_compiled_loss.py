@@ -109,7 +109,8 @@ def test_a_compiler_that_fails_is_reported_once_and_the_result_stays(
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
+    # Torch looks for a compiler once per process, so another CXX would come too late here.
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: str(broken))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(BLOCK_COMPILER, "functions", {})
     monkeypatch.setattr(BLOCK_COMPILER, "has_failed", False)
