@@ -38,8 +38,8 @@ from pocl_dist.records import DifficultyRecord
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
 STRAIGHT_BATCH = 16
-# Sums of thousands of fp32 products in another order.
-CROSS_ENTROPY_TOLERANCE = 1e-5
+# Sums of thousands of fp32 products in another order: 1.1e-5 was the largest of 128 rows.
+CROSS_ENTROPY_TOLERANCE = 2e-5
 
 
 @dataclass(frozen=True)

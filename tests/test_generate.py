@@ -98,15 +98,19 @@ def test_the_data_set_holds_the_teachers_answers_in_the_order_of_the_rows(
     tokenizer, model = load_tokenizer(source), load_model(source, torch.float32)
     encoder = make_encoder(config, tokenizer)
     rows = read_json_lines(run.generated / "train.jsonl")
-    prompts = read_prompts(config).examples
-    assert [row["id"] for row in rows] == [example.example_id for example in prompts]
-    for row, example in zip(rows, prompts, strict=True):
+    expected, left_out = [], []
+    for example in read_prompts(config).examples:
         ids = encoder.encode(example).prompt_ids
         answer = generate_answers(model, tokenizer, [ids], Sampling(6))[0]
-        assert (row["instruction"], row["output"]) == (example.prompt, answer)
+        # Random weights say NUL at times, which no row may hold.
+        (left_out if "\0" in answer or not answer else expected).append((example, answer))
+    assert len(left_out) < 3 and len(expected) + len(left_out) == 24
+    assert [(row["id"], row["instruction"], row["output"]) for row in rows] == [
+        (example.example_id, example.prompt, answer) for example, answer in expected
+    ]
     provenance = read_json(run.generated / "train.provenance.json")
     assert provenance["sha256"] == sha256_file(run.generated / "train.jsonl")
-    assert provenance["num_rows"] == 24 and provenance["num_unusable"] == 0
+    assert provenance["num_rows"] == len(expected) and provenance["num_unusable"] == len(left_out)
     assert read_train(config).examples[3].references == (rows[3]["output"],)
 
 
