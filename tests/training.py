@@ -18,9 +18,12 @@ from tests.ranks import run_ranks, run_ranks_with_errors
 
 
 def _distill(
-    paths: list[str], overrides: list[str], stop_after: int | None, environment: dict[str, str]
+    paths: list[str],
+    overrides: list[str],
+    stop_after: int | None,
+    environment: dict[str, str] | None = None,
 ) -> None:
-    os.environ.update(environment)
+    os.environ.update(environment or {})
     from pocl_dist.errors import StoppedError
     from pocl_dist.pipeline import distill as step
 
