@@ -30,6 +30,8 @@ $(STAMP): setup.py constraints.txt
 	@touch $(STAMP)
 
 # The bundled models are tiny and the config asks for two ranks: on the CPU, wherever this runs.
+TEST_WORKERS ?= 2
+
 quickstart test: export CUDA_VISIBLE_DEVICES :=
 
 quickstart: $(STAMP)
@@ -42,7 +44,7 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests"
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ setup(
         "track": ["tensorboard>=2.18"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",
