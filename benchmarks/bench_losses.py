@@ -310,7 +310,7 @@ def main() -> None:
         print(f"{result['tokens']} x {result['vocab']} x {result['hidden']}: {result['ratios']}")
     report = {
         "benchmark": "losses",
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python benchmarks/bench_losses.py", *sys.argv[1:]]),
         "divergence": args.divergence,
         "temperature": args.temperature,
         "machine": machine(),

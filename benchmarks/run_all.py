@@ -1,6 +1,8 @@
 """Runs every benchmark, one after the other, and writes RESULTS.md from their JSON.
 
-Usage: python benchmarks/run_all.py [NAME ...]     names: see BENCHMARKS; without any, all of them.
+Usage: python benchmarks/run_all.py [NAME ... | --render]
+
+Names are those of BENCHMARKS, without any all of them; --render only writes the file again.
 A named run replaces those sections only; the figures of the others stay as they were, with their
 date. Raw JSON of the last run of each lies in `runs/benchmarks/`.
 """
@@ -179,7 +181,7 @@ def section(name: str) -> str:
 
 def main() -> None:
     """Runs the named benchmarks, or all, and rewrites RESULTS.md."""
-    names = sys.argv[1:] or list(BENCHMARKS)
+    names = [] if sys.argv[1:] == ["--render"] else sys.argv[1:] or list(BENCHMARKS)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
