@@ -15,7 +15,6 @@ Our sides run the distill step as a user would: `distill_rank` on a config, figu
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -176,10 +175,6 @@ def train_with_ours(folder: Path, overrides: list[str], num_steps: int) -> dict[
     before = psutil.Process().memory_info().rss
     config = load_config([folder / "config.yaml"], overrides)
     run = RunDirectory(Path(config.run_dir))
-    if os.environ.get("HELD_TEACHER"):
-        from held_teacher import hold_teacher
-
-        hold_teacher()
     table = profile_step(distill, num_steps + 2)
     peak_bytes = []
     step = distill.train_step
@@ -277,8 +272,7 @@ def useful_flops(models: dict[str, str], batches: list[list[object]], has_teache
 def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]:
     """Returns a side's figures: rank 0's, and the memory of all ranks together."""
     world_size = int(str(SIDES[side]["world_size"]))
-    is_held = "teacher" in SIDES[side] and not has_cache()
-    if "teacher" in SIDES[side] and not is_held:
+    if "teacher" in SIDES[side]:
         step = [sys.executable, "-m", "pocl_dist", "cache", str(folder / "config.yaml")]
         subprocess.run([*step, *overrides_of(side, folder)], check=True, stdout=sys.stderr)
     ranks = []
@@ -293,8 +287,6 @@ def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]
             "MASTER_PORT": str(29400 + os.getpid() % 500),
             "DS_ACCELERATOR": "cpu",
         }
-        if is_held:
-            environment["HELD_TEACHER"] = "1"
         command = [sys.executable, __file__, "--side", side, "--folder", str(folder), *arguments]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in ranks]
@@ -309,11 +301,6 @@ def run_ours(folder: Path, side: str, arguments: list[str]) -> dict[str, object]
     }
 
 
-def has_cache() -> bool:
-    """Returns whether this version has the cache step; without it `held_teacher.py` stands in."""
-    return importlib.util.find_spec("pocl_dist.pipeline.cache") is not None
-
-
 def overrides_of(side: str, folder: Path) -> list[str]:
     """Returns a side's keys on top of the config, with a run directory of its own."""
     run = folder / side
@@ -322,7 +309,7 @@ def overrides_of(side: str, folder: Path) -> list[str]:
         if not (run / name).exists():
             (run / name).symlink_to(folder / "run" / name)
     overrides = [f"run_dir={run}", f"engine.zero_stage={SIDES[side]['zero_stage']}"]
-    if "teacher" in SIDES[side] and has_cache():
+    if "teacher" in SIDES[side]:
         overrides.append(f"teacher.source={SIDES[side]['teacher']}")
     return overrides
 

@@ -94,6 +94,22 @@ def test_when_all_ranks_wait_each_is_told_with_its_line(tmp_path: Path) -> None:
     assert "; rank 1 at " in said
 
 
+def test_a_phase_without_bound_raises_no_alarm_and_still_gives_signs_of_life(
+    tmp_path: Path,
+) -> None:
+    from pocl_dist.distributed.watchdog import Watchdog
+
+    said: list[str] = []
+    watchdog = Watchdog(tmp_path, "job", 0, 1, 0.2, said.append)
+    watchdog.beat("loading", is_bounded=False)
+    watchdog.start()
+    time.sleep(0.6)
+    watchdog.close()
+    row = json.loads((tmp_path / "rank-00000.json").read_text())
+    assert said == [] and row["phase"] == "loading" and row["count"] > 3
+    assert not (tmp_path / "alarm.json").exists()
+
+
 def test_signs_of_life_of_an_earlier_start_are_not_looked_at(tmp_path: Path) -> None:
     from pocl_dist.distributed.watchdog import Watchdog
 

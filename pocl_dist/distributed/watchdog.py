@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -91,9 +92,14 @@ class Watchdog:
             (self.folder / _ALARM).unlink(missing_ok=True)
         self._thread.start()
 
-    def beat(self, phase: str, step: int | None = None) -> None:
-        """Says that the main thread got on, and what it begins now."""
-        self._phase, self._beat_at = phase, time.monotonic()
+    def beat(self, phase: str, step: int | None = None, *, is_bounded: bool = True) -> None:
+        """Says that the main thread got on, and what it begins now.
+
+        A phase that is not bounded may take any time, as loading a large model does; signs of life
+        go on, and a collective in it still has the limit of the process group.
+        """
+        self._phase = phase
+        self._beat_at = time.monotonic() if is_bounded else math.inf
         self._step = self._step if step is None else step
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ def _distill(
             f"engine.world_size: {config.engine.world_size}, "
             f"but the launcher started {rank.world_size} ranks"
         )
-    watchdog.beat("loading")
+    watchdog.beat("loading", is_bounded=False)
     training = prepare_training(config, run, rank)
     # On rank 0 only: two live displays would draw over each other.
     with training.display.live() if rank.is_main else nullcontext():
@@ -106,7 +106,7 @@ def _distill(
                 )
             else:
                 break
-    watchdog.beat("export")
+    watchdog.beat("export", is_bounded=False)
     _export(training)
     training.close()
 
