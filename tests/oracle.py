@@ -56,7 +56,7 @@ def _train_steps(path: str, num_steps: int) -> Steps:
         training = prepare_training(config, run, join_process_group(60))
         for _ in range(num_steps):
             instruction = training.coordinator.next_instruction(False, False)
-            distill._train(training, instruction, StopRequest(run))
+            distill._train(training, instruction, StopRequest(run, None))
         training.close()
     finally:
         train_step._update, distill._log_step = update, log_step

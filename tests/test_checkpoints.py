@@ -123,4 +123,4 @@ def test_the_time_limit_counts_from_the_start_of_the_attempt(
     monkeypatch.setitem(os.environ, STARTED_VARIABLE, repr(started))
     assert StopRequest(run, 1.0).is_asked()
     assert not StopRequest(run, 2.0).is_asked()
-    assert not StopRequest(run).is_asked()
+    assert not StopRequest(run, None).is_asked()

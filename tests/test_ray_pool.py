@@ -188,7 +188,7 @@ def test_threads_that_are_not_the_main_one_get_no_signals(tmp_path: Path) -> Non
     asked: list[bool] = []
 
     def ask() -> None:
-        with stop_request(RunDirectory(tmp_path)) as stop:
+        with stop_request(RunDirectory(tmp_path), None) as stop:
             asked.append(stop.is_asked())
 
     thread = threading.Thread(target=ask)

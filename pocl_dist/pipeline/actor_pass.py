@@ -25,9 +25,7 @@ def _take_signals(stop: StopRequest) -> None:
 
 
 @contextlib.contextmanager
-def stop_request(
-    run: RunDirectory, max_wallclock_minutes: float | None = None
-) -> Iterator[StopRequest]:
+def stop_request(run: RunDirectory, max_wallclock_minutes: float | None) -> Iterator[StopRequest]:
     """Turns signals and a time limit into a flag while the context lasts.
 
     After it signals do what they did before.

@@ -210,7 +210,7 @@ def _let_actors_answer(
     num_labels = sum(example.num_response_tokens for example in job.examples)
     entries = read_shards(run.teacher_cache)
     with (
-        stop_request(run) as stop,
+        stop_request(run, config.run.max_wallclock_minutes) as stop,
         ray_session(config.ray),
         # Closed before Ray is, also when a result is refused.
         closing(

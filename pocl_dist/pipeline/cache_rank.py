@@ -37,7 +37,7 @@ def cache_rank(config: Config, run: RunDirectory) -> None:
     same missing shards; 3. they answer in lockstep, one shard per rank and round, until none is
     left or a stop is asked for (75); 4. the sum.
     """
-    stop = StopRequest(run)
+    stop = StopRequest(run, config.run.max_wallclock_minutes)
     stop.install()
     rank = join_process_group(config.engine.timeout_seconds)
     started = time.monotonic()

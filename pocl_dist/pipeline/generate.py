@@ -131,7 +131,8 @@ def _work_off(
         f"with {settings.model.origin}"
     )
     progress = RowProgress("generate", num_rows, num_rows - num_open)
-    with stop_request(run) as stop, ray_session(config.ray):
+    limit = config.run.max_wallclock_minutes
+    with stop_request(run, limit) as stop, ray_session(config.ray):
         for name, result in answer_shards(config, stop, settings, "answer", shards, progress):
             assert isinstance(result, Answers)
             files.write_answers(run, name, result.text_of_id)

@@ -84,7 +84,7 @@ def with_answers(
             for shard in shards
         }
         ask(server, prompts[shards[0].name][0], 1)
-        with stop_request(run) as stop:
+        with stop_request(run, config.run.max_wallclock_minutes) as stop:
             known |= _ask_all(config, run, stop, server, shards, prompts)
     return [
         replace(batch, answers=tuple(known[row.example_id] for row in batch.examples))

@@ -29,7 +29,7 @@ def _now() -> float:
 class StopRequest:
     """A flag that signals set, looked at between steps. A second one ends the process at once."""
 
-    def __init__(self, run: RunDirectory, max_wallclock_minutes: float | None = None) -> None:
+    def __init__(self, run: RunDirectory, max_wallclock_minutes: float | None) -> None:
         self._run = run
         self._ends_at: float | None = None
         if max_wallclock_minutes is not None:
