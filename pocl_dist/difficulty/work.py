@@ -7,7 +7,7 @@ results are the same bits for any number of actors, any shard size and any inter
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from pocl_dist.records import EncodedExample
@@ -66,6 +66,11 @@ def make_batches(
         WorkBatch(index, cut, tuple(references[example.example_id] for example in cut))
         for index, cut in enumerate(cuts)
     )
+
+
+def open_batches(batches: Iterable[WorkBatch], done: Set[str]) -> list[WorkBatch]:
+    """Returns the batches with a row that is not done, whole: a part would come out otherwise."""
+    return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
 
 
 def make_shards(batches: Sequence[WorkBatch], shard_size: int) -> tuple[WorkShard, ...]:

@@ -6,13 +6,17 @@ import contextlib
 import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from pocl_dist.config import Config
+from pocl_dist.config import Config, EvaluateConfig
+from pocl_dist.config.pass_sections import GenerateConfig
 from pocl_dist.difficulty.work import WorkShard
 from pocl_dist.difficulty.worker import ModelWorker, WorkerSettings
 from pocl_dist.distributed.ray_pool import ActorPool
 from pocl_dist.errors import StoppedError
+from pocl_dist.models.generation import Sampling
+from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.progress import RowProgress
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.stop_request import STOP_SIGNALS, StopRequest
@@ -39,6 +43,27 @@ def stop_request(run: RunDirectory, max_wallclock_minutes: float | None) -> Iter
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def worker_settings(
+    config: Config,
+    model: ModelFolder,
+    model_digest: str,
+    sampled: EvaluateConfig | GenerateConfig | None = None,
+) -> WorkerSettings:
+    """Returns what actors answer with: greedy, or drawn as the section `sampled` says."""
+    sampling = Sampling(config.generation.max_new_tokens)
+    if sampled is not None:
+        sampling = replace(
+            sampling,
+            do_sample=sampled.do_sample,
+            temperature=sampled.temperature,
+            top_p=sampled.top_p,
+            no_repeat_ngram_size=sampled.no_repeat_ngram_size,
+        )
+    return WorkerSettings(
+        model, model_digest, sampling, config.ray.cpus_per_actor, config.engine.dtype
+    )
 
 
 class Shard(Protocol):

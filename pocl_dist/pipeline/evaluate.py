@@ -136,7 +136,7 @@ def _answer(
 ) -> None:
     from pocl_dist.distributed.ray_session import ray_session
     from pocl_dist.models.loading import load_tokenizer
-    from pocl_dist.pipeline.actor_pass import stop_request
+    from pocl_dist.pipeline.actor_pass import stop_request, worker_settings
 
     # One encoder for all models: they share a tokenizer, and the student's
     # template is what was trained.
@@ -146,7 +146,8 @@ def _answer(
         for model, source in models.items():
             pairs = [pair for pair in missing if pair.model == model]
             if pairs:
-                settings = _settings(config, source, str(digests[model][f"{model} model sha256"]))
+                digest = str(digests[model][f"{model} model sha256"])
+                settings = worker_settings(config, source, digest, config.evaluate)
                 _answer_with(config, stop, settings, pairs, encoder)
 
 
@@ -180,23 +181,6 @@ def _answer_with(
         num_open[pair.set_name] -= 1
         if not num_open[pair.set_name]:
             _write_answers(pair, texts.pop(pair.set_name))
-
-
-def _settings(config: Config, source: ModelFolder, model_digest: str) -> WorkerSettings:
-    from pocl_dist.difficulty.worker import WorkerSettings
-    from pocl_dist.models.generation import Sampling
-
-    options = config.evaluate
-    sampling = Sampling(
-        max_new_tokens=config.generation.max_new_tokens,
-        do_sample=options.do_sample,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-    )
-    return WorkerSettings(
-        source, model_digest, sampling, config.ray.cpus_per_actor, config.engine.dtype
-    )
 
 
 def _shards(config: Config, pair: Pair, seed: int, encoder: Encoder) -> list[WorkShard]:

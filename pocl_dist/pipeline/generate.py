@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
-from pocl_dist.difficulty.work import WorkBatch, WorkShard, make_batches, make_shards
+from pocl_dist.difficulty.work import WorkBatch, WorkShard, make_batches, make_shards, open_batches
 from pocl_dist.errors import ConfigError
 from pocl_dist.files import JSONValue, atomic_write_json
 from pocl_dist.models.sources import ModelFolder
@@ -52,7 +52,10 @@ def generate(config: Config, run: RunDirectory) -> None:
     batches = _open_batches(config, rows, _encode(config, run, rows, teacher), set(done))
     if batches:
         digest = str(inputs["models.teacher model sha256"])
-        _work_off(config, run, _settings(config, teacher, digest), batches, len(rows.examples))
+        from pocl_dist.pipeline.actor_pass import worker_settings
+
+        settings = worker_settings(config, teacher, digest, config.generate)
+        _work_off(config, run, settings, batches, len(rows.examples))
     answers = files.read_answers(run)
     unusable = files.write_data_set(config, run, rows.examples, answers, inputs)
     if unusable:
@@ -90,24 +93,7 @@ def _open_batches(
     """Returns the batches with a row not done. They are whole: a part would be drawn anew."""
     references: dict[str, tuple[str, ...]] = {row.example_id: () for row in rows.examples}
     batches = make_batches(encoded, references, config.generation.batch_size)
-    return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
-
-
-def _settings(config: Config, teacher: ModelFolder, model_digest: str) -> WorkerSettings:
-    from pocl_dist.difficulty.worker import WorkerSettings
-    from pocl_dist.models.generation import Sampling
-
-    options = config.generate
-    sampling = Sampling(
-        max_new_tokens=config.generation.max_new_tokens,
-        do_sample=options.do_sample,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-    )
-    return WorkerSettings(
-        teacher, model_digest, sampling, config.ray.cpus_per_actor, config.engine.dtype
-    )
+    return open_batches(batches, done)
 
 
 def _work_off(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import tie_shares
-from pocl_dist.difficulty.work import WorkBatch, make_batches, make_shards
+from pocl_dist.difficulty.work import WorkBatch, make_batches, make_shards, open_batches
 from pocl_dist.errors import DataError, MissingInputError
 from pocl_dist.files import atomic_write_json
 from pocl_dist.models.sources import ModelFolder
@@ -63,7 +63,9 @@ def measure(config: Config, run: RunDirectory) -> None:
     server = find_server(config) if uses_server else None
     encoded = _encode(config, rows, source)
     if not is_finished:
-        settings = _settings(config, source, str(inputs["models.student model sha256"]))
+        from pocl_dist.pipeline.actor_pass import worker_settings
+
+        settings = worker_settings(config, source, str(inputs["models.student model sha256"]))
         batches = _open_batches(config, rows, encoded, done)
         if server is not None:
             batches = with_answers(config, run, batches, rows, server)
@@ -96,17 +98,7 @@ def _open_batches(
     """Returns the batches with a row not done. They are whole: a part would pad differently."""
     references = {example.example_id: example.references[:1] for example in rows.examples}
     batches = make_batches(encoded, references, config.generation.batch_size, is_scored=True)
-    return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
-
-
-def _settings(config: Config, source: ModelFolder, model_digest: str) -> WorkerSettings:
-    from pocl_dist.difficulty.worker import WorkerSettings
-    from pocl_dist.models.generation import Sampling
-
-    sampling = Sampling(config.generation.max_new_tokens)
-    return WorkerSettings(
-        source, model_digest, sampling, config.ray.cpus_per_actor, config.engine.dtype
-    )
+    return open_batches(batches, done)
 
 
 def _work_off(
