@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, cast
 
+from pocl_dist.failpoints import failpoint
+
 JSONValue = None | bool | int | float | str | list["JSONValue"] | dict[str, "JSONValue"]
 
 MANIFEST_NAME = "manifest.json"
@@ -93,10 +95,13 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as handle:
+            failpoint("atomic_write.open")
             write(handle)
             handle.flush()
             os.fsync(handle.fileno())
+        failpoint("atomic_write.before_rename")
         temporary.replace(path)
+        failpoint("atomic_write.after_rename")
         fsync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a failing write() does not say where
