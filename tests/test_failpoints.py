@@ -1,4 +1,4 @@
-"""Failpoints: off unless asked for, at the asked pass and rank, and in one process only if asked."""
+"""Failpoints: off unless asked for, at the asked pass and rank, once if asked."""
 
 from __future__ import annotations
 
