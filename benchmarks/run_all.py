@@ -1,10 +1,10 @@
 """Runs every benchmark, one after the other, and writes RESULTS.md from their JSON.
 
-Usage: python benchmarks/run_all.py [NAME ... | --render]
+Usage: python benchmarks/run_all.py [NAME ...]
 
-Names are those of BENCHMARKS, without any all of them; --render only writes the file again.
-A named run replaces those sections only; the figures of the others stay as they were, with their
-date. Raw JSON of the last run of each lies in `runs/benchmarks/`.
+Names are those of BENCHMARKS, without any all of them. A named run replaces those sections only;
+the others stay as they stand in RESULTS.md, with their date. Raw JSON of the last runs on this
+machine lies in `runs/benchmarks/`.
 """
 
 from __future__ import annotations
@@ -179,20 +179,36 @@ def section(name: str) -> str:
     return "\n".join(lines)
 
 
+def kept_sections() -> dict[str, str]:
+    """Returns {name: section} of RESULTS.md as it stands."""
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    by_title = {part.partition("\n")[0]: f"## {part}" for part in text.split("\n## ")[1:]}
+    return {
+        name: by_title[benchmark.title]
+        for name, benchmark in BENCHMARKS.items()
+        if benchmark.title in by_title
+    }
+
+
 def main() -> None:
     """Runs the named benchmarks, or all, and rewrites RESULTS.md."""
-    names = [] if sys.argv[1:] == ["--render"] else sys.argv[1:] or list(BENCHMARKS)
+    names = sys.argv[1:] or list(BENCHMARKS)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
+    sections = kept_sections()
     for name in names:
         run(name)
-    known = [name for name in BENCHMARKS if (RAW / f"{name}.json").exists()]
+        sections[name] = section(name)
     head = (
         "# Benchmarks\n\nWritten by `make bench`; every figure is a ratio of two sides that ran in "
         "the same invocation, or stands beside the raw figures it comes from.\n"
     )
-    RESULTS.write_text("\n".join([head, *(section(name) for name in known)]))
+    RESULTS.write_text(
+        "\n".join(
+            [head, *(sections[name].strip() + "\n" for name in BENCHMARKS if name in sections)]
+        )
+    )
     print(f"wrote {RESULTS}")
 
 
