@@ -101,6 +101,20 @@ def test_a_full_disk_under_one_rank_stops_all_with_74_and_the_checkpoint_before_
     _assert_same(run, whole)
 
 
+def test_a_run_killed_inside_the_export_leaves_none_and_exports_the_same_when_it_goes_on(
+    tiny_pair: Pair, whole: RunDirectory, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, *tiny_pair)
+    run = distill_killed(config, 2, "export.before_rename=kill%0")
+    assert not run.export.exists()
+    distill(config, 2)
+    mine, theirs = (
+        {path.name: path.read_bytes() for path in r.export.iterdir()} for r in (run, whole)
+    )
+    assert mine.keys() == theirs.keys()
+    assert mine["model.safetensors"] == theirs["model.safetensors"]
+
+
 def test_the_manifest_says_what_it_was_made_from_and_all_that_the_next_decision_depends_on(
     whole: RunDirectory,
 ) -> None:
