@@ -144,8 +144,8 @@ def write_export(
     for name, value in written.named_parameters():
         if not torch.equal(value, expected[name]):
             raise RuntimeError(f"{temporary}: {name} was not read back as written")
-    for file in temporary.iterdir():
-        fsync_file(file)
+    for path in temporary.rglob("*"):
+        (fsync_folder if path.is_dir() else fsync_file)(path)
     fsync_folder(temporary)
     failpoint("export.before_rename")
     shutil.rmtree(folder, ignore_errors=True)
