@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from pocl_dist.config import Config, RayConfig, load_config
-from pocl_dist.difficulty.work import WorkShard
-from pocl_dist.difficulty.worker import ModelWorker
+from pocl_dist.difficulty.work import WorkBatch, WorkShard
+from pocl_dist.difficulty.worker import ModelWorker, ShardResult
 from pocl_dist.distributed.ray_session import ray_session
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord
@@ -59,9 +60,37 @@ class DiesOnce(ModelWorker):
 
     marker = Path()  # where it notes that it has died; the test sets it
 
-    def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
+    def measure(self, shard: WorkShard) -> ShardResult[DifficultyRecord]:
         """Dies, or does what a worker does."""
         if shard.batches[0].index == 0 and not self.marker.exists():
             self.marker.touch()
             os._exit(9)
         return super().measure(shard)
+
+
+class Troubled(ModelWorker):
+    """A worker with memory for `max_rows` rows, that fails and dies on the rows of certain ids.
+
+    The test sets the attributes.
+    """
+
+    max_rows = 1000
+    failing: frozenset[str] = frozenset()
+    deadly: frozenset[str] = frozenset()
+
+    def _answers(self, batch: WorkBatch, rows: Sequence[int], pass_seed: int) -> list[str]:
+        self._meet(batch, rows)
+        return super()._answers(batch, rows, pass_seed)
+
+    def _measure_rows(self, batch: WorkBatch, rows: Sequence[int]) -> list[DifficultyRecord]:
+        self._meet(batch, rows)
+        return super()._measure_rows(batch, rows)
+
+    def _meet(self, batch: WorkBatch, rows: Sequence[int]) -> None:
+        ids = {batch.examples[row].example_id for row in rows}
+        if ids & self.deadly:
+            os._exit(9)
+        if ids & self.failing:
+            raise IndexError("index out of range in self")
+        if len(rows) > self.max_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")

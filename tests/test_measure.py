@@ -31,6 +31,7 @@ from pocl_dist.pipeline.measure import measure
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord, EncodedExample
+from pocl_dist.shard_files import seal_of
 from tests import fixtures_models
 from tests.fixtures_models import DiesOnce, make_run, write_varied_rows
 from tests.fixtures_models import ray_of_module as ray_of_module
@@ -49,6 +50,11 @@ def measured(
     config, run = make_run(folder, student, write_varied_rows(folder / "train.jsonl"), teacher)
     measure(config, run)
     return config, run
+
+
+def remove_shard(path: Path) -> None:
+    path.unlink()
+    seal_of(path).unlink()
 
 
 def records_of(run: RunDirectory) -> dict[str, DifficultyRecord]:
@@ -202,12 +208,13 @@ def test_an_interrupted_pass_goes_on_with_what_is_missing(
         tmp_path, student, train, teacher, ray={"num_actors": 1, "shard_size": 9}
     )
     shutil.copytree(measured[1].difficulty, run.difficulty)
-    for name in ("shard-00000.parquet", "shard-00001.parquet", "summary.json"):
-        (run.difficulty / name).unlink()
+    (run.difficulty / "summary.json").unlink()
+    (run.difficulty / "shard-00000.parquet.seal").unlink()  # the writer was killed before it
+    remove_shard(run.difficulty / "shard-00001.parquet")
     kept = (run.difficulty / "shard-00002.parquet").stat().st_mtime_ns
     measure(config, run)
     assert (run.difficulty / "shard-00002.parquet").stat().st_mtime_ns == kept
-    assert sorted(path.name for path in run.difficulty.glob("shard-*")) == [
+    assert sorted(path.name for path in run.difficulty.glob("shard-*.parquet")) == [
         "shard-00000.parquet",  # of two batches
         "shard-00002.parquet",
     ]
@@ -251,7 +258,9 @@ def test_rows_without_a_finite_score_are_quarantined(
     measure(config, run)
     reasons = read_quarantine(run.difficulty)
     summary = json.loads((run.difficulty / "summary.json").read_text())
-    assert 0 < len(reasons) < 24 and set(reasons.values()) == {"cross_entropy is nan"}
+    assert 0 < len(reasons) < 24 and {row.reason for row in reasons.values()} == {
+        "cross_entropy is nan"
+    }
     assert summary["num_quarantined"] == len(reasons) == 24 - summary["num_examples"]
     assert f"{len(reasons)} rows have no finite score" in capsys.readouterr().err
     ranking = make_plan(config, run).ranking

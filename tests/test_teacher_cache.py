@@ -26,10 +26,10 @@ from pocl_dist.errors import (
 from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline import cache as cache_step
+from pocl_dist.pipeline import cache_actors
 from pocl_dist.pipeline.cache import cache, missing_shards, prepare, remove_damage
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import EncodedExample, LMHead, TeacherTopK
-from pocl_dist.teacher import cache_worker
 from pocl_dist.teacher.cache import read_head
 from pocl_dist.teacher.cache_work import make_cache_shards
 from pocl_dist.teacher.cache_worker import check_placed
@@ -86,7 +86,7 @@ def top_k(
     teacher = {**TOP_K, "devices_per_actor": 2}
     path = write_cache_config(tmp_path_factory.mktemp("top_k"), tiny_pair, teacher=teacher)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_worker, "CacheWorker", caching.NotesItsGPUs)
+        patch.setattr(cache_actors, "CacheWorker", caching.NotesItsGPUs)
         return path, cached(path)
 
 
@@ -217,13 +217,13 @@ def test_a_stopped_pass_goes_on_and_an_actor_that_is_killed_changes_nothing(
 ) -> None:
     path = write_cache_config(tmp_path, tiny_pair, ray={"num_actors": 1})
     config, run = planned(path)
-    monkeypatch.setattr(cache_worker, "CacheWorker", caching.AsksToStop)
+    monkeypatch.setattr(cache_actors, "CacheWorker", caching.AsksToStop)
     with pytest.raises(StoppedError, match="the same command goes on"):
         cache(config, run)
     run.stop_file.unlink()
     finished = {file: file.stat().st_mtime_ns for file in run.teacher_cache.glob("shard-*.json")}
     assert 0 < len(finished) < 6 and not (run.teacher_cache / "summary.json").exists()
-    monkeypatch.setattr(cache_worker, "CacheWorker", caching.DiesOnce)
+    monkeypatch.setattr(cache_actors, "CacheWorker", caching.DiesOnce)
     cached(path)
     assert (run.root / "died").exists()
     assert "its actor died, attempt 1 of 3; trying again" in capsys.readouterr().out

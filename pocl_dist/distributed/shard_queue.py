@@ -16,8 +16,6 @@ from pocl_dist.errors import WorkerError
 MAX_ATTEMPTS = 3
 # A single row, cut out of a shard, is given up when it has lost this many actors of its own.
 MAX_ROW_ATTEMPTS = 2
-# So many rows that kill, with no work done since, are not at fault: the actors are.
-MAX_HELD = 2
 
 
 class Shard(Protocol):
@@ -145,15 +143,15 @@ class ShardQueue(Generic[ShardT]):
             yield from self._give_up_held()
 
     def _give_up_held(self) -> Iterator[tuple[str, list[object]]]:
-        """Gives up the rows that kill while other work gets done: until then it may be the actors.
+        """Gives up rows that kill once other work is done: until then it may be the actors.
 
-        Raises WorkerError (71) when that cannot be hoped for any more.
+        Of the last rows of a pass any work before must do. Raises WorkerError (71) without any.
         """
         is_last = self._num_done > 0 and len(self._held) == sum(self._num_pieces.values())
         ready = [held for held in self._held if is_last or self._num_done > held[0].num_done_before]
         self._held = [held for held in self._held if held not in ready]
         num_others = sum(self._num_pieces.values()) - len(self._held) - len(ready)
-        if len(self._held) >= MAX_HELD or (self._held and not num_others):
+        if self._held and not num_others:
             raise WorkerError(f"actors die, whatever their work is; {self._held[0][1]}")
         for piece, reason in ready:
             assert self._give_up is not None, "without it no row is held"
