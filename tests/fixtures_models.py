@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -94,3 +96,34 @@ class Troubled(ModelWorker):
             raise IndexError("index out of range in self")
         if len(rows) > self.max_rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+
+class WaitsOnItsNode(ModelWorker):
+    """A worker that notes its node and waits, in its first shard, until the test lets it go on."""
+
+    folder = Path()  # the test sets it
+
+    def measure(self, shard: WorkShard) -> ShardResult[DifficultyRecord]:
+        """Waits, then does what a worker does."""
+        import ray
+
+        (self.folder / f"node-{ray.get_runtime_context().get_node_id()}").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.05)
+        return super().measure(shard)
+
+
+class KillsItself(ModelWorker):
+    """A worker that is killed in the middle of its first shard, `num_kills` times in all."""
+
+    folder = Path()  # the test sets it
+    num_kills = 0
+
+    def _measure_rows(self, batch: WorkBatch, rows: Sequence[int]) -> list[DifficultyRecord]:
+        for number in range(self.num_kills):
+            try:
+                (self.folder / f"kill-{number}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._measure_rows(batch, rows)

@@ -83,7 +83,7 @@ def answers_of(run: RunDirectory) -> list[dict]:
 def files_of(run: RunDirectory) -> dict[str, bytes]:
     """Returns all that the passes wrote, but for times and paths."""
     files = [*run.difficulty.glob("shard-*"), *run.generated.glob("shard-*")]
-    files += [run.generated / "train.jsonl", *(run.eval / "test").glob("*s.jsonl")]
+    files += [*run.generated.glob("*.jsonl"), *(run.eval / "test").glob("*.jsonl")]
     return {str(path.relative_to(run.root)): path.read_bytes() for path in files}
 
 

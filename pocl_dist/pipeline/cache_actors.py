@@ -15,7 +15,7 @@ from pocl_dist.pipeline.progress import RowProgress
 from pocl_dist.pipeline.quarantine import FILE, Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import RowFailure
-from pocl_dist.teacher.cache_files import CacheEntry, read_shards, tensor_file
+from pocl_dist.teacher.cache_files import CacheEntry, read_shards, remove_entry, tensor_file
 from pocl_dist.teacher.cache_work import CacheShard
 from pocl_dist.teacher.cache_worker import CacheResult, CacheWorker
 
@@ -53,12 +53,14 @@ def let_actors_answer(
         )
         # Closed before Ray is, also when a result is refused.
         with closing(work) as finished:
-            for _, results in finished:
+            for name, results in finished:
                 failpoint("pass.before_save")
+                written: list[CacheEntry] = []
                 for result in results:
                     assert isinstance(result, CacheResult)
                     quarantine.add(result.failures)
-                    entries += _visible(run, result.entry)
+                    written += _visible(run, result.entry)
+                entries = _replaced(run, entries, shards[name], written)
                 # What is still missing can only add to the sum: no need to wait for the verdict.
                 check_truncation(config, run, truncation_errors(entries, num_labels))
                 failpoint("pass.after_shard")
@@ -76,6 +78,23 @@ def _visible(run: RunDirectory, entry: CacheEntry | None) -> list[CacheEntry]:
             "nodes of Ray share"
         )
     return [entry]
+
+
+def _replaced(
+    run: RunDirectory, entries: list[CacheEntry], shard: CacheShard, written: list[CacheEntry]
+) -> list[CacheEntry]:
+    """Returns all entries, without those of an earlier attempt at the shard that lacked rows."""
+    ids = {row.example_id for row in shard.examples}
+    names = {entry.name for entry in written}
+    kept = []
+    for entry in entries:
+        if entry.name in names:
+            continue
+        if written and all(row.example_id in ids for row in entry.rows):
+            remove_entry(run.teacher_cache, entry.name)
+        else:
+            kept.append(entry)
+    return kept + written
 
 
 def _check_complete(quarantine: Quarantine) -> None:
