@@ -22,6 +22,7 @@ from pocl_dist.pipeline.generated_files import row_of, write_data_set
 from pocl_dist.pipeline.inputs import make_encoder, read_prompts, read_train
 from pocl_dist.pipeline.run import steps_of
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.records import RowFailure
 from pocl_dist.shard_files import seal_of
 from tests.fixtures_models import make_run, write_varied_rows
 from tests.fixtures_models import ray_of_module as ray_of_module
@@ -223,6 +224,11 @@ def test_empty_answers_are_counted_and_listed_and_too_many_end_the_step(
     assert "NUL" in unusable[0]["reason"] and "empty" in unusable[1]["reason"]
     written = [row["id"] for row in read_json_lines(run.generated / "train.jsonl")]
     assert written == [e.example_id for i, e in enumerate(examples) if i not in (2, 5)]
+    failed = {"row-007": RowFailure("row-007", "lost", "its actor died")}
+    unusable = write_data_set(config, run, examples, answers, {}, failed, num_halved=3)
+    assert unusable[2] == {"example_id": "row-007", "reason": "its actor died"}
+    provenance = read_json(run.generated / "train.provenance.json")
+    assert (provenance["num_rows"], provenance["num_halved_batches"]) == (21, 3)
     strict = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 1})})
     with pytest.raises(DataError, match=r"2 of 24 answers.*max_bad_rows is 1"):
         write_data_set(strict, run, examples, answers, {}, {})

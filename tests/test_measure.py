@@ -31,7 +31,6 @@ from pocl_dist.pipeline.measure import measure
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord, EncodedExample
-from pocl_dist.shard_files import seal_of
 from tests import fixtures_models
 from tests.fixtures_models import DiesOnce, make_run, write_varied_rows
 from tests.fixtures_models import ray_of_module as ray_of_module
@@ -50,11 +49,6 @@ def measured(
     config, run = make_run(folder, student, write_varied_rows(folder / "train.jsonl"), teacher)
     measure(config, run)
     return config, run
-
-
-def remove_shard(path: Path) -> None:
-    path.unlink()
-    seal_of(path).unlink()
 
 
 def records_of(run: RunDirectory) -> dict[str, DifficultyRecord]:
@@ -198,8 +192,11 @@ def test_the_stop_file_ends_the_pass(tiny_pair: Pair, tmp_path: Path, ray_of_mod
     assert not list(run.difficulty.glob("shard-*"))
 
 
-def test_an_interrupted_pass_goes_on_with_what_is_missing(
-    measured: tuple[Config, RunDirectory], tiny_pair: Pair, tmp_path: Path
+def test_an_interrupted_pass_goes_on_with_what_is_missing_or_damaged(
+    measured: tuple[Config, RunDirectory],
+    tiny_pair: Pair,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One of two shards is there, by two actors; one makes the rest, in shards of another size."""
     teacher, student, _ = tiny_pair
@@ -210,7 +207,8 @@ def test_an_interrupted_pass_goes_on_with_what_is_missing(
     shutil.copytree(measured[1].difficulty, run.difficulty)
     (run.difficulty / "summary.json").unlink()
     (run.difficulty / "shard-00000.parquet.seal").unlink()  # the writer was killed before it
-    remove_shard(run.difficulty / "shard-00001.parquet")
+    damaged = run.difficulty / "shard-00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     kept = (run.difficulty / "shard-00002.parquet").stat().st_mtime_ns
     measure(config, run)
     assert (run.difficulty / "shard-00002.parquet").stat().st_mtime_ns == kept
@@ -220,6 +218,7 @@ def test_an_interrupted_pass_goes_on_with_what_is_missing(
     ]
     assert records_of(run) == records_of(measured[1])  # floats to the bit
     assert (run.difficulty / "summary.json").exists()
+    assert f"{damaged}: " in (warning := capsys.readouterr().err) and "computed again" in warning
 
 
 def test_one_actor_that_is_killed_gives_the_same_scores_as_two(
