@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("failpoints",),
     ("errors", "files"),
     ("config", "records"),
-    ("data", "models", "losses", "distributed", "metrics", "run_log", "trackers"),
+    ("data", "models", "losses", "distributed", "metrics", "run_log", "trackers", "shard_files"),
     ("difficulty", "curriculum", "teacher", "on_policy"),
     ("pipeline", "cluster"),
     ("cli",),
