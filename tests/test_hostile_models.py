@@ -156,7 +156,7 @@ CORPUS: dict[str, tuple[Change, type[PoclError], str]] = {
     ),
     "offsets beyond the file": (
         lambda f, _: (f / "model.safetensors").write_bytes(
-            header_of(72, b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,99999999]}}'.ljust(72))
+            header_of(72, b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,9999999]}}'.ljust(72))
         ),
         MissingInputError, "no usable model",
     ),
