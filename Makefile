@@ -13,7 +13,7 @@ help:
 	@echo "make test         install and run the tests"
 	@echo "make check        ruff, mypy, audit, tests (what CI runs)"
 	@echo "make audit        compare the pinned versions with a list of known holes, offline"
-	@echo "make sbom         list what is installed in .venv (CycloneDX) in docs/security/sbom.json"
+	@echo "make sbom         list what is installed in .venv (CycloneDX) in dist/sbom.json"
 	@echo "make bench-env    install the tools we are compared with into .venv-bench"
 	@echo "make bench        time and memory against them, into benchmarks/RESULTS.md (under an hour)"
 	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
@@ -69,7 +69,8 @@ $(SBOM)/.installed: Makefile
 	@touch $@
 
 sbom: $(STAMP) $(SBOM)/.installed
-	$(SBOM)/bin/cyclonedx-py environment --output-reproducible --of JSON -o docs/security/sbom.json $(BIN)/python
+	mkdir -p dist
+	$(SBOM)/bin/cyclonedx-py environment --output-reproducible --of JSON -o dist/sbom.json $(BIN)/python
 
 # The peers and this project; apart from .venv. Liger asks for triton, which a CPU build of torch lacks.
 BENCH := .venv-bench
