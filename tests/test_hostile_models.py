@@ -166,7 +166,7 @@ CORPUS: dict[str, tuple[Change, type[PoclError], str]] = {
     ),
     "config of another type": (
         lambda f, _: edit(f / "config.json", num_hidden_layers="many"),
-        MissingInputError, "no usable model",
+        MissingInputError, "expected int, got str",
     ),
     "tokenizer of garbage": (
         lambda f, _: (f / "tokenizer.json").write_bytes(b"\x80\x04\xff{"),

@@ -19,6 +19,7 @@ from pocl_dist.files import JSONValue
 from pocl_dist.guards import printable, shown
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_DEPTH = 50  # of nesting; no section is deeper than four
 MAX_MISTAKES = 20  # told at once; a file of another program has thousands
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
@@ -29,13 +30,20 @@ class _Loader(yaml.SafeLoader):
     YAML 1.1, PyYAML's default, reads `1e-4` as text, `off` as False, `017` as 15 and `1:30` as 90.
     """
 
+    _depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise _complaint("aliases are not allowed", event)
         if getattr(event, "tag", None) is not None:
             raise _complaint(f"the tag {event.tag} is not allowed", event)
-        return super().compose_node(parent, index)
+        if self._depth == MAX_DEPTH:
+            raise _complaint("nested too deeply", event)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False

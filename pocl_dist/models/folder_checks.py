@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pocl_dist.errors import MissingInputError, RefusedError
 from pocl_dist.files import JSONValue
-from pocl_dist.guards import inside, shown
+from pocl_dist.guards import LONGEST_NAME, inside, shown
 
 # How torch's zip files and pickles of protocol 2 to 5 begin.
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
@@ -89,7 +89,7 @@ def check_settings(
     for name, values in settings.items():
         for entry, value in values.items():
             # Many published tokenizers keep the path that a file once had at its author's.
-            if entry.endswith("_file") and isinstance(value, str) and (folder / value).is_file():
+            if entry.endswith("_file") and isinstance(value, str) and _exists(folder / value):
                 _check_name(folder, value, f"{key}: {folder / name}")
         weight_map = values.get("weight_map")
         if weight_map is None:
@@ -106,5 +106,14 @@ def check_settings(
 
 def _check_name(folder: Path, name: str, what: str) -> None:
     """Raises RefusedError for a name that leaves the folder other than by the hub's own links."""
-    if not (name == Path(name).name and (folder / name).is_symlink()):  # `check_links` allowed it
+    is_plain = name == Path(name).name and len(name) <= LONGEST_NAME and name.isprintable()
+    if not (is_plain and (folder / name).is_symlink()):  # `check_links` has let the link through
         inside(folder, name, what)
+
+
+def _exists(path: Path) -> bool:
+    """Returns whether a path, perhaps one that no file system takes, is a file."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
