@@ -1,4 +1,4 @@
-"""A checkpoint's manifest is a file too: what it names elsewhere is never taken for the checkpoint's.
+"""A checkpoint's manifest is a file too: what it names elsewhere is never used.
 
 The manifest here is right in all but the place: size and sha256 are those of the file outside.
 """
