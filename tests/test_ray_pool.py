@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import http.client
 import os
 import subprocess
 import sys
@@ -18,8 +20,15 @@ from pocl_dist.config import RayConfig
 from pocl_dist.distributed import ray_session as session
 from pocl_dist.distributed.ray_pool import ActorPool, actor_shape
 from pocl_dist.distributed.ray_session import ray_session
-from pocl_dist.errors import ConfigError, DataError, StoppedError, UnavailableError, WorkerError
+from pocl_dist.errors import (
+    ConfigError,
+    DataError,
+    StoppedError,
+    UnavailableError,
+    WorkerError,
+)
 from pocl_dist.files import atomic_write_text, explain_storage_error
+from tests.listening import listeners
 
 CONFIG = RayConfig(num_actors=2, start_timeout_seconds=60.0)
 
@@ -197,6 +206,27 @@ def test_ray_talks_to_those_with_our_token_only(given: dict[str, str], is_welcom
     done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
     assert ("joined" in done.stdout) is is_welcome
     assert ("InvalidAuthToken" in done.stderr) is not is_welcome
+
+
+@pytest.mark.usefixtures("ray_pool")
+def test_a_cluster_with_our_token_can_be_joined() -> None:
+    session._check_reachable(ray.get_runtime_context().gcs_address, 60.0)
+
+
+@pytest.mark.usefixtures("ray_pool")
+def test_dashboard_and_job_server_are_off_and_no_port_answers_without_the_token() -> None:
+    found = listeners(os.getpid())
+    assert len(found) > 2, "Ray listens somewhere"
+    ports = {port for _, port in found}
+    assert not ports & {8265, 10001, 6379}, "dashboard, Ray client and the usual GCS port"
+    for address, port in sorted(found):
+        with contextlib.suppress(OSError, http.client.HTTPException):  # gRPC is no HTTP/1
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+            connection.request("GET", "/api/jobs/")
+            reply = connection.getresponse()
+            assert reply.status >= 400, f"{address}:{port} answers: {reply.read(200)!r}"
+    if os.environ.get("POCL_TEST_NETWORK") == "loopback":
+        assert Path("/proc/self/net/dev").read_text().count(":") == 1
 
 
 @pytest.mark.parametrize(
