@@ -29,7 +29,7 @@ TEMPORARY = ".tmp-"
 _FULL_DISK = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded"}
 _UNWRITABLE = {errno.EROFS, errno.EFBIG}
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EIO}
-# How libraries in Rust and C++ tell the system's error number: in the text of an error of their own.
+# How libraries in Rust and C++ tell the system's error number: in the text of their own errors.
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 # What is asked before something under a folder takes its final name; see `guarded`.
 _guards: dict[Path, Callable[[], None]] = {}

@@ -169,9 +169,7 @@ class Watchdog:
             if alarm.get("job") == self.job:
                 self._end(count)
             if time.monotonic() - self._beat_at > self.timeout_seconds:
-                with contextlib.suppress(
-                    OSError
-                ):  # a full disk must not keep this rank from ending
+                with contextlib.suppress(OSError):  # on a full disk this rank ends all the same
                     _write(self.folder / _ALARM, {"job": self.job, "rank": self.index})
                 self._end(count)
             self._is_over.wait(self.tick_seconds)
@@ -190,9 +188,7 @@ class Watchdog:
         rows = self._rows()
         speakers = [row for row in rows if "place" in row]
         if not speakers or speakers[0]["rank"] == self.index:
-            with contextlib.suppress(
-                OSError, WorkerError
-            ):  # the disk, or the run is another's by now
+            with contextlib.suppress(OSError, WorkerError):  # full disk, or the run is another's
                 self.on_hang(self._verdict(rows))
             self._kill_frozen(rows)
         os._exit(EXIT_CODE)

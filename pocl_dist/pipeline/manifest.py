@@ -31,23 +31,28 @@ SEAL_NAME = "manifest.json.sha256"
 UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control")
 
 
-def walk(folder: Path, on_error: Callable[[OSError], None]) -> Iterator[tuple[str, int]]:
-    """Yields (relative name, st_mode) of all that is no folder, sorted. No link is followed."""
+def walk(folder: Path, on_error: Callable[[OSError], None]) -> Iterator[tuple[str, os.stat_result]]:
+    """Yields (relative name, its lstat) of all that is no folder, sorted. No link is followed."""
     for parent, folders, files in os.walk(folder, onerror=on_error):
         folders.sort()
         linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in sorted([*files, *linked]):
             path = Path(parent, name)
             try:
-                mode = path.lstat().st_mode
+                found = path.lstat()
             except FileNotFoundError:  # removed since it was listed
                 continue
-            yield path.relative_to(folder).as_posix(), mode
+            yield path.relative_to(folder).as_posix(), found
 
 
 def is_temporary(name: str) -> bool:
     """Returns whether a relative name is that of something unfinished."""
     return any(part.startswith(TEMPORARY) for part in name.split("/"))
+
+
+def is_unsealed(name: str) -> bool:
+    """Returns whether a relative name is that of something that the manifest does not list."""
+    return name.split("/")[0] in UNSEALED
 
 
 def list_files(folder: Path) -> list[str]:
@@ -58,8 +63,8 @@ def list_files(folder: Path) -> list[str]:
 
     return sorted(
         name
-        for name, mode in walk(folder, fail)
-        if stat.S_ISREG(mode) and not is_temporary(name) and name.split("/")[0] not in UNSEALED
+        for name, found in walk(folder, fail)
+        if stat.S_ISREG(found.st_mode) and not is_temporary(name) and not is_unsealed(name)
     )
 
 
@@ -82,7 +87,7 @@ def read_rows(folder: Path) -> dict[str, dict[str, JSONValue]]:
     path = folder / MANIFEST_NAME
     try:
         rows = cast("list[dict[str, JSONValue]]", read_json(path)["files"])
-        return {str(row["path"]): {"sha256": row["sha256"], **row} for row in rows}
+        return {str(row["path"]): {**row, "sha256": row["sha256"]} for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise MismatchError(f"{path}: is no manifest ({error!r})") from error
 

@@ -37,7 +37,7 @@ FILES = (
     "report.json",
     "report.html",
 )
-"""All that a run writes into its directory (`*`: anything below); caches and scratch lie elsewhere."""
+"""All that a run writes into its directory (`*`: anything below); scratch lies elsewhere."""
 
 _SCRATCH_VARIABLES = (
     "TMPDIR",
@@ -54,14 +54,17 @@ _SCRATCH_VARIABLES = (
 def check_run_directory(root: Path, is_strict: bool) -> None:
     """Raises before anything is written where another program, or version, has written.
 
-    ConfigError (64): `run_dir` is no folder, or scratch would lie in it. MismatchError (78): foreign
-    files, a damaged or foreign status.json or manifest.json, another format; with `is_strict`
-    another code or package version too, which otherwise is a warning.
+    ConfigError (64): `run_dir` is no folder, or scratch would lie in it. MismatchError (78):
+    foreign files, a damaged or foreign status.json or manifest.json, another format; with
+    `is_strict` another code or package version too, which otherwise is a warning.
     """
     _check_scratch(root)
     try:
-        if root.exists() and not root.is_dir():
-            raise ConfigError(f"run_dir: {root} is a file; it must be a folder, or not there yet")
+        existing = root
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise ConfigError(f"run_dir: {root}: {existing} is a file, not a folder")
         names = sorted(path.name for path in root.iterdir()) if root.exists() else []
     except OSError as error:
         raise ConfigError(f"run_dir: {root} cannot be used: {error.strerror}") from error
@@ -79,7 +82,7 @@ def check_run_directory(root: Path, is_strict: bool) -> None:
 
 
 def _read(path: Path) -> Mapping[str, JSONValue] | None:
-    """Returns what `path` says, None without it; MismatchError (78) when it is not of this format."""
+    """Returns what `path` says, None without it; MismatchError (78) for another format."""
     if not path.exists():
         return None
     try:

@@ -71,9 +71,9 @@ def _age_seconds(path: Path) -> float:
 
 
 def _is_refreshed(path: Path) -> bool:
-    """Returns whether `path` is touched while one waits for a lease, by the clock that only runs on.
+    """Returns whether `path` is touched while one waits for a lease, by a clock that only runs on.
 
-    For a lock from the future: the file server's clock was set back, and says nothing about its age.
+    For a lock from the future: the file server's clock was set back and does not tell its age.
     """
     try:
         before, ends = path.stat().st_mtime_ns, time.monotonic() + LEASE_SECONDS
@@ -150,8 +150,9 @@ def _take(root: Path) -> int:
             "started_at": _started_at(pid),
         }
         try:
-            with writing(path), os.fdopen(handle, "w") as stream:
-                json.dump(value, stream)
+            data = json.dumps(value).encode()
+            with writing(path, len(data)), os.fdopen(handle, "wb") as stream:
+                stream.write(data)
         except OSError:
             path.unlink(missing_ok=True)
             raise

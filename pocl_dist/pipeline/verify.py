@@ -5,17 +5,18 @@ Reads all bytes once; loads no torch. Nothing is followed that leaves the folder
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pocl_dist.errors import MismatchError, MissingInputError
-from pocl_dist.files import JSONValue, sha256_file
+from pocl_dist.files import sha256_file
 from pocl_dist.pipeline.manifest import (
     MANIFEST_NAME,
     SEAL_NAME,
-    UNSEALED,
     is_temporary,
+    is_unsealed,
     read_rows,
     seal_text,
     walk,
@@ -30,6 +31,7 @@ class Contents:
     """What lies in a run directory: the hash of each file, and what can be no part of it."""
 
     sha256: dict[str, str] = field(default_factory=dict)
+    num_bytes: dict[str, int] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
 
 
@@ -39,16 +41,17 @@ def _read_contents(root: Path) -> Contents:
     def note(error: OSError) -> None:
         contents.findings.append(f"{error.filename}: cannot be read: {error.strerror}")
 
-    for name, mode in walk(root, note):
-        if stat.S_ISLNK(mode):
+    for name, found in walk(root, note):
+        if stat.S_ISLNK(found.st_mode):
             target = (root / name).resolve()
             leaves = "" if target.is_relative_to(root.resolve()) else " that leaves the folder"
             contents.findings.append(f"{name}: a symbolic link{leaves}; it was not followed")
-        elif not stat.S_ISREG(mode):
+        elif not stat.S_ISREG(found.st_mode):
             contents.findings.append(f"{name}: is neither a file nor a folder")
         else:
             try:
                 contents.sha256[name] = sha256_file(root / name)
+                contents.num_bytes[name] = found.st_size
             except FileNotFoundError:  # vanished; if it is listed, it is missing
                 continue
             except OSError as error:
@@ -64,9 +67,7 @@ def _live_findings(root: Path, names: list[str]) -> list[str]:
             state = "a run is at work here" if is_locked(root) else "left by a run that was killed"
             findings.append(f"lock: {state}")
         elif name.startswith("control/"):
-            findings.append(
-                f"{name}: left by a run that did not end well, or a request to the next"
-            )
+            findings.append(f"{name}: a request, or left by a run that failed")
         elif is_temporary(name):
             findings.append(f"{name}: left half written by a run that was killed")
     return findings
@@ -99,30 +100,23 @@ def _listed_findings(root: Path, contents: Contents) -> list[str]:
         return [f"{MANIFEST_NAME}: is no manifest"]
     findings = []
     for name, row in rows.items():
-        path = root / name
-        if not path.resolve().is_relative_to(root.resolve()):
+        if name in contents.sha256:
+            num_bytes = contents.num_bytes[name]
+            if contents.sha256[name] == row["sha256"]:
+                continue
+            if num_bytes != row.get("bytes"):
+                findings.append(f"{name}: {num_bytes} bytes, expected {row.get('bytes')}")
+            else:
+                findings.append(f"{name}: content changed (sha256 differs)")
+        elif name.startswith("/") or ".." in name.split("/"):
             findings.append(f"{name!r}: leaves {root}; it was not looked at")
-        elif name not in contents.sha256:
-            is_other = path.exists() or path.is_symlink()
-            findings.append(f"{name}: {'is no readable file' if is_other else 'missing'}")
         else:
-            findings += _content_findings(path, name, row, contents)
-    live = [
-        name for name in contents.sha256 if name.split("/")[0] in UNSEALED or is_temporary(name)
-    ]
-    unlisted = sorted(set(contents.sha256) - set(rows) - set(live))
-    return findings + [f"{name}: not listed in {MANIFEST_NAME}" for name in unlisted]
-
-
-def _content_findings(
-    path: Path, name: str, row: dict[str, JSONValue], contents: Contents
-) -> list[str]:
-    if contents.sha256[name] == row["sha256"]:
-        return []
-    num_bytes = path.stat().st_size
-    if num_bytes != row.get("bytes"):
-        return [f"{name}: {num_bytes} bytes, expected {row.get('bytes')}"]
-    return [f"{name}: content changed (sha256 differs)"]
+            is_other = os.path.lexists(root / name)
+            findings.append(f"{name}: {'is no readable file' if is_other else 'missing'}")
+    for name in sorted(set(contents.sha256) - set(rows)):
+        if not is_unsealed(name) and not is_temporary(name):
+            findings.append(f"{name}: not listed in {MANIFEST_NAME}")
+    return findings
 
 
 def find_changes(root: Path) -> list[str]:
@@ -135,7 +129,10 @@ def find_changes(root: Path) -> list[str]:
         findings.append("status.json: missing")
     except MismatchError as error:
         findings.append(str(error).replace(str(root / "status.json"), "status.json"))
-    findings += [*_seal_findings(root), *_listed_findings(root, contents)]
+    try:
+        findings += [*_seal_findings(root), *_listed_findings(root, contents)]
+    except OSError as error:
+        findings.append(f"{error.filename}: cannot be read: {error.strerror}")
     return list(dict.fromkeys([*findings, *chain_findings(root, contents.sha256)]))
 
 
