@@ -278,6 +278,10 @@ RESEALED: dict[str, Callable[[Path], object]] = {
     ),
     "plan.json: cannot be followed: DataError": _damaged_shard,
     "config.yaml: ": lambda root: (root / "config.yaml").write_text("run_dir: [1, 2"),
+    "eval/x/shard-1.json: is not what eval/x/shard-1.json.seal says": lambda root: (
+        atomic_write_text(root / "eval" / "x" / "shard-1.json", "{}"),
+        atomic_write_json(root / "eval" / "x" / "shard-1.json.seal", {"sha256": "0" * 64}),
+    ),
     "difficulty: cannot be followed: ValueError": lambda root: (
         root / "difficulty" / "inputs.json"
     ).write_text("[1]"),

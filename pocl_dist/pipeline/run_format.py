@@ -30,6 +30,7 @@ FILES = (
     "plan-ranking.parquet",
     "teacher_cache/*",
     "checkpoints/*",
+    "nonfinite/*",
     "metrics.jsonl",
     "tensorboard/*",
     "export/*",

@@ -25,8 +25,10 @@ from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.teacher.cache_files import HEAD, read_entry
 
 Record = Mapping[str, JSONValue]
-# The same as distributed.checkpoint.MANIFEST, which loads torch.
+# The same as distributed.checkpoint.MANIFEST, which loads torch; a seal may lie beside it.
 CHECKPOINT_MANIFEST = "MANIFEST.json"
+CHECKPOINT_SEAL = "MANIFEST.json.sha256"
+SHARD_SEAL = ".seal"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ def _same(name: str, key: str, record: Record, other: str, other_key: str, their
     if not record or not theirs or mine == expected:
         return ""
     return f"{name}: {key} is {mine}, but {other} has {expected}"
+
+
+def _shards(chain: Chain) -> Iterator[str]:
+    for seal in chain.names("", SHARD_SEAL):
+        shard = seal.removesuffix(SHARD_SEAL)
+        if chain.record(seal).get("sha256") != chain.sha256.get(shard):
+            yield f"{shard}: is not what {seal} says"
 
 
 def _difficulty(chain: Chain) -> Iterator[str]:
@@ -157,9 +166,19 @@ def _checkpoint(chain: Chain, folder: str) -> Iterator[str]:
     for name, sha256 in listed.items():
         if chain.sha256.get(name) != sha256:
             yield f"{name}: is not what {manifest} says"
+    seal = f"{folder}/{CHECKPOINT_SEAL}"
     for name in chain.names(f"{folder}/"):
-        if name not in listed and name != manifest:
+        if name not in listed and name not in (manifest, seal):
             yield f"{name}: not listed in {manifest}"
+    if seal in chain.sha256:
+        expected = f"{chain.sha256[manifest]}  {CHECKPOINT_MANIFEST}\n".encode()
+        if (chain.run.root / seal).read_bytes() != expected:
+            yield f"{manifest}: does not match {seal}"
+    inputs = chain.record("checkpoints/inputs.json")
+    digests = cast("Record", record.get("digests") or {})
+    for key in ("data", "plan", "student", "teacher", "tokenizer"):
+        if key in digests and inputs:
+            yield _same(manifest, key, digests, "inputs.json", f"digest.{key}", inputs)
     if folder != f"checkpoints/step-{int(cast('int', record['step'])):08d}":
         yield f"{manifest}: is of step {record['step']}"
 
@@ -221,6 +240,7 @@ def _report(chain: Chain) -> Iterator[str]:
 
 
 _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
+    ("shards", _shards),
     ("difficulty", _difficulty),
     ("plan.json", _plan),
     ("generated", _generated),
