@@ -129,6 +129,7 @@ def _train_around_injuries(path: str, names: list[str]) -> dict[str, list[str]]:
     from pocl_dist.distributed.process_group import join_process_group
     from pocl_dist.pipeline import distill
     from pocl_dist.pipeline.rewind import go_back
+    from pocl_dist.pipeline.save import save
     from pocl_dist.pipeline.stop_request import StopRequest
     from pocl_dist.pipeline.training import prepare_training
 
@@ -148,7 +149,7 @@ def _train_around_injuries(path: str, names: list[str]) -> dict[str, list[str]]:
                     if kind and not _are_equal(before, _state(training)):
                         wrong.append(f"step {instruction.step} ({kind})")
                     if instruction.step == 0:
-                        distill._save(training)
+                        save(training)
                         saved = _state(training)
             ends.append(_state(training))
             go_back(training, 1)
