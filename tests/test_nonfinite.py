@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pocl_dist.config import load_config
+from pocl_dist.errors import DivergedError
 from pocl_dist.files import read_json, read_json_lines
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
@@ -310,3 +311,21 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_add_up(in_row: int) -> None:
         in_row,
     )
     assert coordinator.progress.num_overflows == 1
+
+
+def test_an_fp16_overflow_at_the_lowest_loss_scale_diverges_instead_of_being_a_bug() -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from pocl_dist.distributed.gradients import update
+
+    scaler = DynamicLossScaler(1.0, 1000, 1.0, 1, False)
+
+    class Engine:  # fp16 trains on GPUs only; the error is DeepSpeed's own
+        def zero_optimization(self) -> bool:
+            return True
+
+        def step(self) -> None:
+            scaler.update_scale(True)
+
+    with pytest.raises(DivergedError, match="lowest loss scale"):
+        update(Engine(), None)  # type: ignore[arg-type]
