@@ -6,7 +6,6 @@ A signal, the stop file or the time limit ends it; what is saved is not done aga
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.progress import RowProgress, say
 from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.pipeline.stop_request import STOP_SIGNALS, StopRequest
+from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.records import RowFailure
 
 
@@ -42,15 +41,8 @@ def stop_request(run: RunDirectory, max_wallclock_minutes: float | None) -> Iter
 
     After it signals do what they did before.
     """
-    stop = StopRequest(run, max_wallclock_minutes)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    _take_signals(stop)
-    try:
+    with StopRequest(run, max_wallclock_minutes).installed() as stop:
         yield stop
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def worker_settings(
