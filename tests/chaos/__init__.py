@@ -1,6 +1,6 @@
 """The chaos suite: real runs that are killed, frozen, filled up and damaged, and then compared.
 
-    python -m tests.chaos                    all experiments (`make chaos`), table of docs/reliability.md
+    python -m tests.chaos                    all of them (`make chaos`), into docs/reliability.md
     python -m tests.chaos kill_training      some of them, table printed only
     CHAOS_SCALE=0.1 CHAOS_SEED=7 ...         fewer faults, another seed
 

@@ -29,15 +29,18 @@ def _run(name: str, lab: Lab) -> Result:
 def main() -> int:
     """Returns 0 when every experiment ended as promised, else 1."""
     names = sys.argv[1:] or list(EXPERIMENTS)
-    scale, seed = (float(os.environ.get("CHAOS_SCALE", "1")), int(os.environ.get("CHAOS_SEED", "42")))
+    scale, seed = (
+        float(os.environ.get("CHAOS_SCALE", "1")),
+        int(os.environ.get("CHAOS_SEED", "42")),
+    )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"chaos: seed {seed}, scale {scale:g}, in {folder}", flush=True)
-    results: dict[str, Result] = {}
+    lab, results = Lab(folder, seed, scale), dict[str, Result]()
     for name in names:
-        results[name] = result = _run(name, Lab(folder / name, seed, scale))
+        results[name] = result = _run(name, lab)
         verdict = "ok" if result.is_good else "FAILED"
         print(
             f"{verdict:6s} {name}: {result.num_survived} of {result.num_faults} survived, "
@@ -47,9 +50,9 @@ def main() -> int:
         )
         for line in result.failures:
             print(f"       {line}", flush=True)
-        if result.is_good:
-            shutil.rmtree(folder / name, ignore_errors=True)
-    command = "make chaos" if scale == 1 and not sys.argv[1:] else f"CHAOS_SCALE={scale:g} make chaos"
+    command = (
+        "make chaos" if scale == 1 and not sys.argv[1:] else f"CHAOS_SCALE={scale:g} make chaos"
+    )
     text = table(results, command)
     print(text)
     if not sys.argv[1:]:

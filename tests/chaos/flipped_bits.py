@@ -36,7 +36,9 @@ def run(lab: Lab) -> Result:
         said = verify_problem(root)
         result.took(time.monotonic() - started)
         named = path.name in said
-        result.count("" if said and named else f"{name}: {'not named: ' + said if said else 'missed'}")
+        result.count(
+            "" if said and named else f"{name}: {'not named: ' + said if said else 'missed'}"
+        )
         path.write_bytes(content)
         import os
 

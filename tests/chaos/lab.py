@@ -164,7 +164,9 @@ class Lab:
             started = time.monotonic()
             job = Job(config.parent / "log.txt", "run", str(config))
             code, left = job.wait(400), job.leftovers()
-            assert code == 0 and not left, f"undisturbed run: {code}, {left}\n{job.output()[-3000:]}"
+            assert code == 0 and not left, (
+                f"undisturbed run: {code}, {left}\n{job.output()[-3000:]}"
+            )
             print(f"  undisturbed run: {time.monotonic() - started:.0f} s", flush=True)
             return config.parent / "run"
 
@@ -204,9 +206,7 @@ class Lab:
         return TrainingOutcome(codes, errors, ended_at - (fault_at or ended_at))
 
 
-def _merged(
-    defaults: Mapping[str, object], sections: Mapping[str, object]
-) -> dict[str, object]:
+def _merged(defaults: Mapping[str, object], sections: Mapping[str, object]) -> dict[str, object]:
     merged = dict(defaults)
     for name, keys in sections.items():
         below = merged.get(name)

@@ -28,6 +28,7 @@ class Result:
     seconds: float = 0.0  # of the experiment
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    is_skipped: bool = False  # it cannot be done here; a note says why
 
     def count(self, problem: str = "") -> None:
         """Counts a fault: survived, or not, with the reason."""
@@ -57,13 +58,15 @@ class Result:
     @property
     def is_good(self) -> bool:
         """Returns whether all is as promised, and something was done at all."""
-        return not self.failures and self.num_faults == self.num_survived > 0
+        is_done = self.is_skipped or self.num_faults == self.num_survived > 0
+        return is_done and not self.failures
 
 
 def _cells(name: str, result: Result) -> list[str]:
     worst = "" if result.worst_seconds is None else f"{result.worst_seconds:.1f}"
     same = f"{result.num_identical} of {result.num_compared}" if result.num_compared else ""
     verdict = "ok" if result.is_good else f"**FAILED** ({len(result.failures)})"
+    verdict = "skipped" if result.is_skipped else verdict
     return [
         f"`{name}`", result.fault, str(result.num_faults), str(result.num_survived), same, worst,
         f"{result.seconds:.0f}", verdict,
