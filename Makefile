@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types clean bench bench-env gpu-check
+.PHONY: help install quickstart test check lint types clean chaos bench bench-env gpu-check
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
 	@echo "make test         install and run the tests"
 	@echo "make check        ruff, mypy, tests (what CI runs)"
+	@echo "make chaos        kill, freeze, fill up and damage real runs, into docs/reliability.md (30 minutes)"
 	@echo "make bench-env    install the tools we are compared with into .venv-bench"
 	@echo "make bench        time and memory against them, into benchmarks/RESULTS.md (under an hour)"
 	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
@@ -32,7 +33,7 @@ $(STAMP): setup.py constraints.txt
 # The bundled models are tiny and the config asks for two ranks: on the CPU, wherever this runs.
 TEST_WORKERS ?= 2
 
-quickstart test: export CUDA_VISIBLE_DEVICES :=
+quickstart test chaos: export CUDA_VISIBLE_DEVICES :=
 
 quickstart: $(STAMP)
 	@echo "== 1 of 3: plain distillation (one stage), two ranks under ZeRO-3; also scores teacher and start"
@@ -54,6 +55,11 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 check: lint types test
+
+# Exits 1 when anything was lost. CHAOS_SCALE=0.1 for fewer faults, CHAOS_SEED=7 for others, NAMES="damage hostile" for
+# some experiments (then the page is left alone).
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos $(NAMES)
 
 # The peers and this project; apart from .venv. Liger asks for triton, which a CPU build of torch lacks.
 BENCH := .venv-bench

@@ -51,6 +51,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",

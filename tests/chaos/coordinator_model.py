@@ -120,7 +120,8 @@ class CoordinatorMachine(RuleBasedStateMachine):
             f"checkpoint.every={save_every if save_every else 'null'}",
             f"dev.every={dev_every if dev_every else 'null'}",
             "dev.metric=loss", "curriculum.patience=2", f"curriculum.num_stages={len(lengths)}",
-            f"curriculum.advance={advance}", f"curriculum.optimizer={optimizer}", "data.dev=dev.jsonl",
+            f"curriculum.advance={advance}", f"curriculum.optimizer={optimizer}",
+            "data.dev=dev.jsonl",
         ]  # fmt: skip
         self.config = load_config([self.config_file], words)
         self.stages = [
@@ -226,7 +227,7 @@ def single_rank() -> Iterator[Rank]:
 
 
 def check(config_file: Path, num_sequences: int, number: int) -> int:
-    """Walks `num_sequences` runs; returns the instructions compared. AssertionError if one differs."""
+    """Walks `num_sequences` runs; returns the instructions compared; raises when one differs."""
     from hypothesis.stateful import run_state_machine_as_test
 
     with single_rank() as rank:

@@ -1,4 +1,4 @@
-"""Files of a committed checkpoint truncated, flipped, removed, swapped: found, never loaded (T4)."""
+"""Files of a checkpoint truncated, flipped, removed, swapped: found, never loaded (T4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ENOSPC at every atomic write of a step in turn: 74, nothing half written, then it goes on (T5)."""
+"""ENOSPC at every atomic write of a step in turn: 74, nothing half written, it goes on (T5)."""
 
 from __future__ import annotations
 

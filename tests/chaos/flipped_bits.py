@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 
@@ -40,8 +41,6 @@ def run(lab: Lab) -> Result:
             "" if said and named else f"{name}: {'not named: ' + said if said else 'missed'}"
         )
         path.write_bytes(content)
-        import os
-
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     problem = verify_problem(root)
     result.check(not problem, f"after the flips were undone: {problem}")

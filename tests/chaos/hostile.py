@@ -1,4 +1,4 @@
-"""Thousands of hostile data files and configs: refused with the right code and place, or read right (T16).
+"""Hostile data files and configs: refused with code and place, or read right (T16).
 
 hypothesis makes them; an independent, strict reader in this file says which rows must be accepted.
 """

@@ -111,8 +111,15 @@ class Job:
         return processes_of(self.mark, self._seen)
 
     def having(self, *words: str) -> list[Process]:
-        """Returns those whose command line or title holds one of `words`."""
-        return [p for p in self.processes() if any(word in p.command for word in words)]
+        """Returns those whose command line holds one of `words`; `^word`: begins with it."""
+        return [
+            process
+            for process in self.processes()
+            if any(
+                process.command.startswith(word[1:]) if word[0] == "^" else word in process.command
+                for word in words
+            )
+        ]
 
     def wait_for(self, happened: Callable[[], object], seconds: float = 90) -> bool:
         """Returns True once `happened()` is true, False when the job ended or time is up."""

@@ -25,17 +25,17 @@ KILLS_PER_PASS = 5
 
 def _kill_actor(job: Job, generator: random.Random) -> float | None:
     """Kills an actor that has begun; returns when. None when the pass is over before."""
-    if not job.wait_for(lambda: job.having("ray::ModelWorker", "ray::CacheWorker", "ray::_")):
+    if not job.wait_for(lambda: job.having("^ray::ModelWorker", "^ray::CacheWorker", "^ray::_")):
         return None
     job.wait_for(lambda: False, generator.uniform(0.0, 4.0))
-    actors = job.having("ray::")
+    actors = job.having("^ray::")
     if not actors or not generator.choice(actors).signal(signal.SIGKILL):
         return None
     return time.monotonic()
 
 
 def _kill_driver(job: Job, generator: random.Random) -> float | None:
-    job.wait_for(lambda: job.having("ray::"))
+    job.wait_for(lambda: job.having("^ray::"))
     job.wait_for(lambda: False, generator.uniform(0.0, 4.0))
     if job.process.poll() is not None:
         return None

@@ -18,7 +18,16 @@ LONGEST_SECONDS = 30.0
 _ROLES = {
     "launcher": ("deepspeed.launcher.runner", "deepspeed/launcher/launch.py", "launcher.launch"),
     "rank": ("-m pocl_dist distill",),
-    "actor": ("ray::",),
+    "actor": ("^ray::",),
+    "Ray's daemon": ("ray/core/src/ray/raylet/raylet", "ray/core/src/ray/gcs/gcs_server"),
+}
+# Exit codes of the run after its death: 69 where the others had not met it yet.
+_PROMISED = {
+    "driver": (-signal.SIGKILL,),
+    "launcher": (71,),
+    "rank": (69, 71),
+    "actor": (0, 71),
+    "Ray's daemon": (69, 71),
 }
 
 
@@ -49,7 +58,13 @@ def _kill_once(job: Job, result: Result, generator: random.Random, what: list[st
     ended = time.monotonic() - killed_at
     left = job.leftovers(20)
     gone = time.monotonic() - killed_at
-    allowed = {"driver": (-9,), "launcher": (71,), "rank": (71, 69), "actor": (0, 71, 75)}[role]
+    allowed = {
+        "driver": (-9,),
+        "launcher": (71,),
+        "rank": (71, 69),
+        "actor": (0, 71),
+        "Ray's daemon": (69, 71),
+    }[role]
     what.append(f"{role} after {seconds:.1f} s")
     problem = "" if code in allowed else f"exit code {code}, expected one of {allowed}"
     if left:

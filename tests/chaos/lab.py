@@ -111,7 +111,7 @@ class Lab:
         return path
 
     def whole_config(self, folder: Path, has_all_steps: bool = False, **sections: object) -> Path:
-        """Writes the config of a whole `run`; `has_all_steps`: also init-student, generate, cache."""
+        """Writes the config of a `run`; `has_all_steps`: also init-student, generate and cache."""
         from tests.tiny import write_config
 
         test_set = str(self.pair[0].parent / "test.jsonl")

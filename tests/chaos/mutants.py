@@ -60,7 +60,8 @@ MUTANTS = (
         (*_PYTEST, "tests/test_run_lock.py"),
     ),
     Mutant(
-        "verify compares no hash", "files.py", ((r"elif sha256_file\(path\) != sha256:", "elif False:"),),
+        "verify compares no hash", "files.py",
+        ((r"elif sha256_file\(path\) != sha256:", "elif False:"),),
         (*_PYTEST, "tests/test_files.py", "tests/test_run_directory.py"),
     ),
 )  # fmt: skip

@@ -25,7 +25,7 @@ _PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "distill: dev evaluation": ("run", ("evaluate.batch",)),
     "distill: step": ("run", ("train.before_step=stop@3%0",)),
     "distill: step of rank 1": ("run", ("train.before_step=stop@2%1",)),
-    "distill: save": ("run", ("checkpoint.before_rename=stop@1%0", "checkpoint.before_write=stop@1%0")),
+    "distill: save": ("run", ("checkpoint.before_rename=stop@1%0",)),
     "evaluate": ("run", ("pass.before_save", "pass.after_shard")),
     "report": ("report", ("atomic_write.open=stop@4",)),
 }  # fmt: skip
