@@ -58,13 +58,7 @@ def _kill_once(job: Job, result: Result, generator: random.Random, what: list[st
     ended = time.monotonic() - killed_at
     left = job.leftovers(20)
     gone = time.monotonic() - killed_at
-    allowed = {
-        "driver": (-9,),
-        "launcher": (71,),
-        "rank": (71, 69),
-        "actor": (0, 71),
-        "Ray's daemon": (69, 71),
-    }[role]
+    allowed = _PROMISED[role]
     what.append(f"{role} after {seconds:.1f} s")
     problem = "" if code in allowed else f"exit code {code}, expected one of {allowed}"
     if left:
