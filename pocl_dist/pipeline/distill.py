@@ -6,14 +6,13 @@ import sys
 import time
 import uuid
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import torch
 
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Action, Instruction, agree, applied_digest
-from pocl_dist.distributed.checkpoint import find_checkpoint, prune_checkpoints, save_checkpoint
-from pocl_dist.distributed.collectives import barrier, gather_texts
+from pocl_dist.distributed.collectives import gather_texts
 from pocl_dist.distributed.engine import (
     learning_rate_of,
     reset_optimizer,
@@ -23,15 +22,12 @@ from pocl_dist.distributed.process_group import (
     Rank,
     join_process_group,
     lost_peers_named,
-    torch_dtype,
 )
 from pocl_dist.distributed.watchdog import EXIT_CODE, Watchdog
 from pocl_dist.errors import ConfigError, StoppedError
 from pocl_dist.pipeline.dev import dev_metrics
-from pocl_dist.pipeline.export import write_export
-from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.pipeline.run_lock import check_not_fenced
+from pocl_dist.pipeline.save import export, save
 from pocl_dist.pipeline.step_answers import answered_batch, choose_answers
 from pocl_dist.pipeline.step_batches import micro_batches, sampler_of
 from pocl_dist.pipeline.stop_request import StopRequest
@@ -97,7 +93,7 @@ def _distill(
             elif instruction.action == Action.EVALUATE:
                 _evaluate(training, watchdog)
             elif instruction.action == Action.SAVE:
-                _save(training)
+                save(training)
             elif instruction.action == Action.STOP:
                 training.close()
                 raise StoppedError(
@@ -107,7 +103,7 @@ def _distill(
             else:
                 break
     watchdog.beat("export", is_bounded=False)
-    _export(training)
+    export(training)
     training.close()
 
 
@@ -219,61 +215,3 @@ def _evaluate(training: Training, watchdog: Watchdog) -> None:
     if training.rank.is_main:
         note = " (best so far)" if progress.best_step == progress.step else ""
         training.display.note(f"step {progress.step}: dev {config.dev.metric} {value:.2f}{note}")
-
-
-def _save(training: Training) -> None:
-    """Commits a checkpoint and removes old ones. Collective."""
-    started = time.monotonic()
-    coordinator, rank, run = training.coordinator, training.rank, training.run
-    coordinator.record_save()
-    progress = coordinator.progress
-    state = {field.name: getattr(progress, field.name) for field in fields(progress)}
-    extra: dict[str, torch.Tensor] = {}
-    if training.policy is not None:
-        state["policy"] = training.policy.to_json()
-        extra = training.policy.to_tensors()
-    num_bytes = save_checkpoint(
-        training.engine,
-        run.checkpoints,
-        progress.step,
-        state,
-        rank,
-        extra,
-        before_commit=lambda: check_not_fenced(run.root),
-    )
-    training.saved_at_seconds = time.monotonic()
-    seconds = time.monotonic() - started
-    row = {"step": progress.step, "stage": progress.stage, "bytes": num_bytes, "seconds": seconds}
-    training.record({"kind": "checkpoint", **row})
-    if rank.is_main:
-        kept = set(progress.stage_ends) if training.config.checkpoint.keep_stage_ends else set()
-        if training.config.export.select == "best_dev":
-            kept.add(progress.best_step)
-        prune_checkpoints(run.checkpoints, training.config.checkpoint.keep_last, kept)
-        run.save_file.unlink(missing_ok=True)
-        training.display.note(
-            f"step {progress.step}: checkpoint, {num_bytes / 1e6:.1f} MB in {seconds:.1f} s"
-        )
-
-
-def _export(training: Training) -> None:
-    """Writes the selected weights for `from_pretrained`. Collective (finding the checkpoint)."""
-    config, rank, run = training.config, training.rank, training.run
-    progress = training.coordinator.progress
-    step = progress.best_step if config.export.select == "best_dev" else progress.step
-    checkpoint = find_checkpoint(run.checkpoints, rank, "fail", only_step=step)
-    if rank.is_main:
-        assert checkpoint is not None, "the last step of a stage is always saved"
-        dtype = torch_dtype(config.engine.dtype, rank.device)
-        write_export(
-            run.export,
-            training.student,
-            training.tokenizer,
-            checkpoint,
-            dtype,
-            config,
-            training.plan.stages,
-            finished_record(config, run),
-        )
-        print(f"exported step {checkpoint.step} to {run.export}", flush=True)
-    barrier(rank)
