@@ -7,6 +7,7 @@ import time
 import uuid
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -27,6 +28,7 @@ from pocl_dist.distributed.watchdog import EXIT_CODE, Watchdog
 from pocl_dist.errors import ConfigError, StoppedError
 from pocl_dist.pipeline.dev import dev_metrics
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.run_lock import abandonment
 from pocl_dist.pipeline.save import export, save
 from pocl_dist.pipeline.step_answers import answered_batch, choose_answers
 from pocl_dist.pipeline.step_batches import micro_batches, sampler_of
@@ -67,7 +69,9 @@ def _watchdog(run: RunDirectory, rank: Rank, timeout_seconds: float) -> Watchdog
 
     job = gather_texts(uuid.uuid4().hex, rank)[0]
     folder = run.root / "control" / "ranks"
-    return Watchdog(folder, job, rank.index, rank.world_size, timeout_seconds, on_hang)
+    # Rank 0 alone asks: the others end when they lose it.
+    abandoned = partial(abandonment, run.root) if rank.is_main else (lambda: "")
+    return Watchdog(folder, job, rank.index, rank.world_size, timeout_seconds, on_hang, abandoned)
 
 
 def _distill(

@@ -15,7 +15,7 @@ NUM_KILLS = 10
 KILLS_PER_RUN = 5
 LONGEST_SECONDS = 30.0
 # Command lines and titles, as /proc shows them.
-_ROLES = {
+ROLES = {
     "launcher": ("deepspeed.launcher.runner", "deepspeed/launcher/launch.py", "launcher.launch"),
     "rank": ("-m pocl_dist distill",),
     "actor": ("^ray::",),
@@ -35,7 +35,7 @@ def _victim(job: Job, generator: random.Random) -> tuple[str, Process | None]:
     """Returns (role, process) of what is to be killed: mostly of what is at work just now."""
     groups = {
         role: [process for process in job.having(*words) if process.pid != job.process.pid]
-        for role, words in _ROLES.items()
+        for role, words in ROLES.items()
     }
     roles = sorted(role for role, processes in groups.items() if processes)
     role = generator.choice(["driver", *roles, *roles])
