@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types clean chaos bench bench-env gpu-check
+.PHONY: help install quickstart test check lint types audit sbom chaos clean bench bench-env gpu-check
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
 	@echo "make test         install and run the tests"
-	@echo "make check        ruff, mypy, tests (what CI runs)"
+	@echo "make check        ruff, mypy, audit, tests (what CI runs)"
+	@echo "make audit        compare the pinned versions with a list of known holes, offline"
+	@echo "make sbom         list what is installed in .venv (CycloneDX) in dist/sbom.json"
 	@echo "make chaos        kill, freeze, fill up and damage real runs, into docs/reliability.md (30 minutes)"
 	@echo "make bench-env    install the tools we are compared with into .venv-bench"
 	@echo "make bench        time and memory against them, into benchmarks/RESULTS.md (under an hour)"
@@ -45,7 +47,7 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests"
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python tests/loopback.py $(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,12 +56,27 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test
+audit: $(STAMP)
+	$(BIN)/python -m tests.audit
+
+check: lint types audit test
+
+# In an environment of its own: the list is to name what runs, not what lists it.
+SBOM := .venv-sbom
+
+$(SBOM)/.installed: Makefile
+	$(PYTHON) -m venv $(SBOM)
+	$(SBOM)/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
+	@touch $@
+
+sbom: $(STAMP) $(SBOM)/.installed
+	mkdir -p dist
+	$(SBOM)/bin/cyclonedx-py environment --output-reproducible --of JSON -o dist/sbom.json $(BIN)/python
 
 # Exits 1 when anything was lost. CHAOS_SCALE=0.1 for fewer faults, CHAOS_SEED=7 for others, NAMES="damage hostile" for
 # some experiments (then the page is left alone).
 chaos: $(STAMP)
-	$(BIN)/python -m tests.chaos $(NAMES)
+	$(BIN)/python tests/loopback.py $(BIN)/python -m tests.chaos $(NAMES)
 
 # The peers and this project; apart from .venv. Liger asks for triton, which a CPU build of torch lacks.
 BENCH := .venv-bench
@@ -86,4 +103,4 @@ gpu-check:
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist *.egg-info runs/quickstart
+	rm -rf $(VENV) $(BENCH) $(SBOM) build dist *.egg-info runs/quickstart

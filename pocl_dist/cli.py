@@ -24,6 +24,7 @@ from pocl_dist.errors import (
     UsageError,
 )
 from pocl_dist.files import explain_storage_error
+from pocl_dist.guards import check_versions, printable
 
 if TYPE_CHECKING:
     from pocl_dist.config import Config
@@ -127,6 +128,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
                 "and `cache` with teacher.cache_engine: zero3"
             )
         is_rank = False
+    check_versions()
     mark_start()
     step = _step_of(command, is_rank)
     # Ranks that `run` or `distill` started work under the lock, config and manifest of that
@@ -176,12 +178,12 @@ def _record_failure(run: RunDirectory, command: str, error: BaseException, is_ra
 def describe(error: BaseException) -> tuple[int, str]:
     """Returns the exit code and one line (or a few) for an exception."""
     if isinstance(error, PoclError):
-        return error.exit_code, str(error)
+        return error.exit_code, printable(str(error))
     if isinstance(error, OSError) and (line := explain_storage_error(error)):
-        return 74, line
+        return 74, printable(line)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    return 70, f"{type(error).__name__}: {error}"
+    return 70, printable(f"{type(error).__name__}: {error}")
 
 
 def _verify(run_dir: Path) -> None:

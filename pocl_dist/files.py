@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, JSONValue]:
     """Returns the JSON object in `path`; anything else is a ValueError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply
         raise ValueError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")

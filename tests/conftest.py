@@ -14,6 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_report_header() -> str:
+    """Says in which network the tests run: tests/loopback.py."""
+    mode = os.environ.get("POCL_TEST_NETWORK", "host")
+    return f"network: {'loopback only' if mode == 'loopback' else 'HOST (not isolated)'}"
+
+
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """Returns (teacher folder, student folder, 24 training rows)."""

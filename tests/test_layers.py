@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pocl_dist"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("failpoints",),
     ("errors", "files"),
+    ("guards",),
     ("config", "records"),
     ("data", "models", "losses", "distributed", "metrics", "run_log", "trackers"),
     ("difficulty", "curriculum", "teacher", "on_policy"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +19,15 @@ from pocl_dist.config import RayConfig
 from pocl_dist.distributed import ray_session as session
 from pocl_dist.distributed.ray_pool import ActorPool, actor_shape
 from pocl_dist.distributed.ray_session import ray_session
-from pocl_dist.errors import ConfigError, DataError, StoppedError, UnavailableError, WorkerError
+from pocl_dist.errors import (
+    ConfigError,
+    DataError,
+    RefusedError,
+    StoppedError,
+    UnavailableError,
+    WorkerError,
+)
+from tests.listening import listeners
 
 CONFIG = RayConfig(num_actors=2, start_timeout_seconds=60.0)
 
@@ -137,6 +148,60 @@ def test_ray_talks_to_those_with_our_token_only(given: dict[str, str], is_welcom
     done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
     assert ("joined" in done.stdout) is is_welcome
     assert ("InvalidAuthToken" in done.stderr) is not is_welcome
+
+
+@pytest.mark.usefixtures("ray_pool")
+def test_a_cluster_with_our_token_can_be_joined() -> None:
+    session._check_reachable(ray.get_runtime_context().gcs_address, 60.0)
+
+
+@pytest.mark.usefixtures("ray_pool")
+def test_dashboard_and_job_server_are_off_and_no_port_answers_without_the_token() -> None:
+    found = listeners(os.getpid())
+    assert len(found) > 2, "Ray listens somewhere"
+    ports = {port for _, port in found}
+    assert not ports & {8265, 10001, 6379}, "dashboard, Ray client and the usual GCS port"
+    for address, port in sorted(found):
+        with contextlib.suppress(OSError, http.client.HTTPException):  # gRPC is no HTTP/1
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+            connection.request("GET", "/api/jobs/")
+            reply = connection.getresponse()
+            assert reply.status >= 400, f"{address}:{port} answers: {reply.read(200)!r}"
+    if os.environ.get("POCL_TEST_NETWORK") == "loopback":
+        assert Path("/proc/self/net/dev").read_text().count(":") == 1
+
+
+OPEN_HEAD = """
+import sys, ray
+ray.init(address="local", include_dashboard=False, num_cpus=1, _temp_dir=sys.argv[1],
+         object_store_memory=100 << 20, logging_level="ERROR")
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_cluster_that_lets_in_anybody_is_refused() -> None:
+    with tempfile.TemporaryDirectory(prefix="open-", dir="/tmp") as folder:
+        head = subprocess.Popen(
+            [sys.executable, "-c", OPEN_HEAD, folder],
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        try:
+            assert head.stdout is not None
+            address = head.stdout.readline().strip()
+            with pytest.raises(RefusedError, match=r"lets in whoever reaches.*CVE-2023-48022"):
+                session._check_reachable(address, 60.0)
+        finally:
+            head.communicate("", timeout=30)
+
+
+def test_an_environment_that_turns_the_token_off_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(RefusedError, match="RAY_AUTH_MODE is 'disabled'"), ray_session(CONFIG):
+        raise AssertionError("a session without a token")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,27 @@ import pytest
 
 from tests.tiny import write_config, write_rows
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Planted: none of them may be found again.
+SECRETS = {
+    name: f"canary-{name.lower()}-5f0c"
+    for name in (
+        "HF_TOKEN",
+        "OPENAI_API_KEY",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PASSWORD",
+    )
+}
+ENVIRONMENT = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1"}
+
+
+def command_lines() -> bytes:
+    """Returns the command lines of all processes."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            lines.append(path.read_bytes())
+    return b"\n".join(lines)
 
 
 def command(*words: str) -> list[str]:
@@ -53,6 +74,7 @@ def run_dir(tiny_pair: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPat
         words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for_steps(folder / "run" / "metrics.jsonl", 3, first)
+    (folder / "command_lines").write_bytes(command_lines())
     first.send_signal(signal.SIGTERM)
     output = first.communicate(timeout=60)[0]
     assert first.returncode == 75, output
@@ -64,7 +86,22 @@ def run_dir(tiny_pair: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPat
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"resumed from {folder / 'run' / 'checkpoints'}" in second.stdout
     assert f"(step {num_before})" in second.stdout
+    (folder / "output").write_text(output + second.stdout + second.stderr)
     return folder / "run"
+
+
+def test_planted_secrets_are_in_no_file_no_output_and_on_no_command_line(run_dir: Path) -> None:
+    files = [path for path in run_dir.parent.rglob("*") if path.is_file()]
+    assert b"pocl_dist" in (run_dir.parent / "command_lines").read_bytes()
+    assert len(files) > 20
+    hits = [
+        f"{name} in {path}"
+        for path in files
+        for content in [path.read_bytes()]
+        for name, secret in SECRETS.items()
+        if secret.encode() in content
+    ]
+    assert hits == []
 
 
 def test_a_stopped_run_goes_on_to_its_end_and_takes_every_step_once(run_dir: Path) -> None:

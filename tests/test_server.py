@@ -37,6 +37,7 @@ from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.difficulty_files import read_records
 from pocl_dist.pipeline.inputs import make_encoder, read_train
 from pocl_dist.pipeline.measure import measure
+from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.preflight import check_inputs
 from pocl_dist.pipeline.server_answers import find_server, with_answers
 from tests.fixtures_models import make_run, write_varied_rows
@@ -302,7 +303,12 @@ def test_a_server_that_is_not_there_is_told_before_anything_starts(
 
 
 def test_answers_of_complete_shards_are_kept_and_another_server_is_refused(
-    tiny_pair: Pair, tmp_path: Path, scripted, ray_of_module: None
+    tiny_pair: Pair,
+    tmp_path: Path,
+    scripted,
+    ray_of_module: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The server breaks down after the probe and the first shard of eight; then it goes on."""
     is_repaired = threading.Event()
@@ -312,8 +318,11 @@ def test_answers_of_complete_shards_are_kept_and_another_server_is_refused(
         return completion("the cat", len(body["prompt"])) if is_well else (400, {"error": "broken"})
 
     url, seen = scripted(breaking)
+    monkeypatch.setenv("PLANTED_KEY", "canary-key-5f0c")
     train = write_varied_rows(tmp_path / "train.jsonl", 16)
-    section = server_section(url, "student", "token_ids", server_concurrency=1)
+    section = server_section(
+        url, "student", "token_ids", server_concurrency=1, server_key_variable="PLANTED_KEY"
+    )
     config, run = make_run(tmp_path, tiny_pair[1], train, None, measure=section)
     with pytest.raises(ConfigError, match="HTTP 400"):
         measure(config, run)
@@ -325,6 +334,14 @@ def test_answers_of_complete_shards_are_kept_and_another_server_is_refused(
     assert len(seen) == 10 + 1 + 8  # a probe and the other shard
     records = read_records(run.difficulty)
     assert len(records) == 16 and {record.answer for record in records} == {"the cat"}
+    assert seen[-1][1]["Authorization"] == "Bearer canary-key-5f0c"
+    make_plan(config, run)
+    captured = capfd.readouterr()
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert not any(
+        b"canary" in text for text in (*files, captured.out.encode(), captured.err.encode())
+    )
     other, _ = make_run(
         tmp_path, tiny_pair[1], train, None, measure={**section, "server_model": "another"}
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -211,31 +209,6 @@ def test_more_bad_rows_than_allowed_stop_a_quarantining_run_too(file: Path) -> N
 def test_a_file_without_a_usable_row_is_refused(file: Path, content: bytes) -> None:
     with pytest.raises(DataError, match="no row left"):
         read(file, content, on_bad_row="quarantine")
-
-
-def _memory_needed(path: Path) -> int:
-    """Returns the kilobytes a fresh process takes to read the rows."""
-    code = (
-        "import resource, sys\nfrom pocl_dist.data.sources import read_rows\n"
-        "rows = read_rows(sys.argv[1], 'data.train', on_bad_row='quarantine')\n"
-        "assert len(rows.bad_rows) == 1 and len(rows.examples) == 1\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
-
-
-def test_a_gigantic_row_is_skipped_without_being_held_in_memory(file: Path) -> None:
-    with file.open("wb") as handle:
-        handle.write(b"{}\n" + GOOD)
-    small = _memory_needed(file)
-    with file.open("wb") as handle:
-        for _ in range(128):
-            handle.write(b"x" * (1 << 20))
-        handle.write(b"\n" + GOOD)
-    assert _memory_needed(file) - small < 32 * 1024
 
 
 # --- Parquet and other places

@@ -173,7 +173,12 @@ def saved_figures(
 def saved_teacher() -> Trained:
     """The teacher of an earlier run, with the training time that run wrote down."""
     figures = json.loads((FOLDER / "figures.json").read_text(encoding="utf-8"))
-    model = LlamaForCausalLM.from_pretrained(FOLDER / "teacher")
+    model = LlamaForCausalLM.from_pretrained(
+        FOLDER / "teacher",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
     return Trained(model, figures["teacher"]["training_seconds"])
 
 

@@ -143,8 +143,19 @@ def _check_full_logits(config: Config) -> None:
         )
 
 
+def _check_no_secret(url: str) -> None:
+    """Raises ConfigError for a URL with a password: the config is kept in the run directory."""
+    authority = url.partition("://")[2].partition("/")[0]
+    if "@" in authority:  # the message must not repeat it either
+        raise ConfigError(
+            "measure.server_url: no user or password may stand in it; put the key in an "
+            "environment variable and name that in measure.server_key_variable"
+        )
+
+
 def _check_passes(config: Config) -> None:
     measure = config.measure
+    _check_no_secret(measure.server_url or "")
     server_keys = ("server_url", "server_model", "server_key_variable")
     if measure.engine == "server":
         for key in server_keys[:2]:

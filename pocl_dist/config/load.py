@@ -16,8 +16,11 @@ from pocl_dist.config.checks import check_config
 from pocl_dist.config.schema import Config
 from pocl_dist.errors import ConfigError, MissingInputError
 from pocl_dist.files import JSONValue
+from pocl_dist.guards import printable, shown
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_DEPTH = 50  # of nesting; no section is deeper than four
+MAX_MISTAKES = 20  # told at once; a file of another program has thousands
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
@@ -27,13 +30,20 @@ class _Loader(yaml.SafeLoader):
     YAML 1.1, PyYAML's default, reads `1e-4` as text, `off` as False, `017` as 15 and `1:30` as 90.
     """
 
+    _depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise _complaint("aliases are not allowed", event)
         if getattr(event, "tag", None) is not None:
             raise _complaint(f"the tag {event.tag} is not allowed", event)
-        return super().compose_node(parent, index)
+        if self._depth == MAX_DEPTH:
+            raise _complaint("nested too deeply", event)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False
@@ -102,10 +112,12 @@ def _parse_yaml(text: str, source: str) -> JSONValue:
 
 
 def _read_file(path: Path) -> dict[str, JSONValue]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
+    with path.open("rb") as handle:
+        content = handle.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; is it a config?")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
     value = _parse_yaml(text, str(path))
@@ -161,8 +173,7 @@ def _known_keys(path: Sequence[object]) -> list[str]:
 def _shown(value: object) -> str:
     """Returns the value as YAML would have it, on one line of at most 80 characters."""
     words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return words[value] if value is None or isinstance(value, bool) else shown(value)
 
 
 def _reason(detail: ErrorDetails, path: Sequence[object]) -> str:
@@ -197,20 +208,15 @@ _REASONS = {
 def _message(detail: ErrorDetails) -> str:
     # Branches of a union and "the key, not its value" stand in brackets: they are no keys.
     path = [part for part in detail["loc"] if not str(part).endswith("]")]
-    key = ".".join(str(part) for part in path)
+    key = printable(".".join(str(part) for part in path))[:80]
     if detail["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; allowed here: {', '.join(known)}"
-        return f"{_printable(key)}: unknown key{hint}"
+        return f"{key}: unknown key{hint}"
     if detail["type"] == "missing":
-        return f"{_printable(key)}: is required"
-    return f"{_printable(key)}: {_shown(detail['input'])} is not allowed: {_reason(detail, path)}"
-
-
-def _printable(key: str) -> str:
-    """Returns a key without the control characters that a hostile file could send to a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in key)[:80]
+        return f"{key}: is required"
+    return f"{key}: {_shown(detail['input'])} is not allowed: {_reason(detail, path)}"
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -227,7 +233,10 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        lines = dict.fromkeys(_message(detail) for detail in error.errors())
+        details = error.errors(include_url=False)
+        lines = list(dict.fromkeys(_message(detail) for detail in details[:MAX_MISTAKES]))
+        if len(details) > MAX_MISTAKES:
+            lines.append(f"... and {len(details) - MAX_MISTAKES} mistakes more")
         raise ConfigError("\n".join(lines)) from None
     check_config(config)
     return config

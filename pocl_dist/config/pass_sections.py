@@ -25,7 +25,7 @@ class MeasureConfig(Section):
     """`local`: Ray actors; `server`: an OpenAI-compatible server (vLLM, SGLang, TGI) that has the
     same student. Cross-entropy comes from the actors in both cases."""
     server_url: Text | None = None
-    """Base of its API with the version, e.g. `http://127.0.0.1:8000/v1`."""
+    """Base of its API with the version, e.g. `http://127.0.0.1:8000/v1`; no user or password."""
     server_model: Text | None = None
     """The student's name on the server."""
     server_prompt: Literal["token_ids", "text", "messages"] = "token_ids"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pocl_dist.errors import DataError, MissingInputError, UnavailableError
 from pocl_dist.files import digest_of, package_file, sha256_bytes
+from pocl_dist.guards import shown
 from pocl_dist.records import Example
 
 MAX_ROW_BYTES = 4 << 20
@@ -75,6 +76,8 @@ def parse_line(line: bytes) -> dict[str, object]:
         raise _BadRowError(f"not JSON (one object per line is expected): {problem}") from error
     except RecursionError as error:
         raise _BadRowError("nested too deeply") from error
+    except MemoryError as error:
+        raise _BadRowError("needs more memory than there is") from error
     except _BadRowError:
         raise
     except ValueError as error:  # Python's bound against quadratic time
@@ -82,12 +85,6 @@ def parse_line(line: bytes) -> dict[str, object]:
     if not isinstance(row, dict):
         raise _BadRowError(f"not a JSON object but {type(row).__name__}")
     return row
-
-
-def _shown(value: object) -> str:
-    """Returns a value of a row for a message: on one line, escaped, 80 characters at most."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _text(row: Mapping[str, object], name: str, can_be_empty: bool = False) -> str:
@@ -145,7 +142,7 @@ def parse_row(row: Mapping[str, object]) -> Example:
     if given is None:
         return example
     if isinstance(given, bool) or not isinstance(given, str | int) or str(given).strip() == "":
-        raise _BadRowError(f"field 'id' is {_shown(given)}, expected text or a whole number")
+        raise _BadRowError(f"field 'id' is {shown(given)}, expected text or a whole number")
     name = _text({"id": str(given)}, "id")
     return Example(name, example.prompt, example.context, example.references, example.history)
 
@@ -254,7 +251,7 @@ def read_rows(
                 example = _with_content_id(example, num_same)
             if example.example_id in row_of_id:
                 raise _BadRowError(
-                    f"id {_shown(example.example_id)} is that of row "
+                    f"id {shown(example.example_id)} is that of row "
                     f"{row_of_id[example.example_id]} too"
                 )
         except _BadRowError as error:

@@ -36,6 +36,7 @@ from pocl_dist.files import (
     read_json,
     sha256_file,
 )
+from pocl_dist.guards import inside
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -172,7 +173,7 @@ def _damage(folder: Path, rank: Rank) -> str:
         return f"{folder / MANIFEST}: {error}"
     files = cast("list[dict[str, JSONValue]]", manifest["files"])
     for turn, row in enumerate(files):
-        path = folder / str(row["path"])
+        path = inside(folder, str(row["path"]), str(folder / MANIFEST))  # 77, on every rank
         if turn % rank.world_size != rank.index:
             continue
         if not path.is_file() or path.stat().st_size != row["bytes"]:

@@ -22,17 +22,31 @@ from functools import cache
 from pathlib import Path
 
 from pocl_dist.config import RayConfig
-from pocl_dist.errors import ConfigError, UnavailableError
+from pocl_dist.errors import ConfigError, RefusedError, UnavailableError
+from pocl_dist.guards import shown
 
 # Answers and token ids are all that passes through it; Ray's default is 30 % of the memory.
 OBJECT_STORE_BYTES = 200 << 20
 # Ray's sockets lie under the folder; a path of more than 107 bytes is no socket address.
 LONGEST_TEMPORARY_PATH = 40
 # The first call refuses a wrong token at once; `ray.init` alone retries it for 20 seconds.
+# Before it, the probe knocks without a token: whoever is let in so is let run anything there.
 _PROBE = """
-import logging, sys, ray
+import logging, os, sys
+os.environ["RAY_AUTH_MODE"] = "disabled"
+import ray
 from ray._private.services import canonicalize_bootstrap_address
-ray._raylet.GcsClient(address=canonicalize_bootstrap_address(sys.argv[1]))
+from ray.exceptions import AuthenticationError
+address = canonicalize_bootstrap_address(sys.argv[1])
+try:
+    ray._raylet.GcsClient(address=address)
+except AuthenticationError:
+    pass
+else:
+    sys.exit(77)
+os.environ["RAY_AUTH_MODE"] = "token"
+ray._raylet.Config.initialize("")
+ray._raylet.GcsClient(address=address)
 ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
 """
 
@@ -139,6 +153,12 @@ def _check_reachable(address: str, timeout_seconds: float) -> None:
     except subprocess.TimeoutExpired as error:
         raise UnavailableError(complaint) from error
     except subprocess.CalledProcessError as error:
+        if error.returncode == 77:
+            raise RefusedError(
+                f"ray.address: the cluster at {address} lets in whoever reaches its ports, without "
+                "a token (ShadowRay, CVE-2023-48022); start it with RAY_AUTH_MODE=token "
+                "(SECURITY.md)"
+            ) from error
         said = [line for line in error.stderr.splitlines() if "Error" in line]
         reason = _one_line(said[-1]) if said else "Ray gave no reason"
         raise UnavailableError(f"{complaint}: {reason}") from error
@@ -153,9 +173,15 @@ def _join_cluster(address: str, timeout_seconds: float) -> None:
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Holds a connection to Ray; on exit its processes, devices, files are gone (a cluster's stay).
 
-    Inside another session it changes nothing. Raises UnavailableError (69)
-    when Ray cannot be reached.
+    Inside another session it changes nothing. Raises UnavailableError (69) when Ray cannot be
+    reached, RefusedError (77) when it would run, or runs, without a token.
     """
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise RefusedError(
+            f"RAY_AUTH_MODE is {shown(os.environ['RAY_AUTH_MODE'])} in the environment: Ray "
+            "listens on all interfaces, and without a token whoever reaches a port can run code "
+            "(ShadowRay, CVE-2023-48022); unset it (SECURITY.md)"
+        )
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -23,6 +23,7 @@ from pocl_dist.files import (
     read_json,
     sha256_file,
 )
+from pocl_dist.models.folder_checks import check_is_no_pickle, check_links
 from pocl_dist.models.sources import (
     ADAPTER_SETTINGS,
     MARKER,
@@ -62,7 +63,9 @@ def find_adapter(path: str, key: str, revision: str | None = None) -> ModelFolde
         found = from_hub(name, revision or given or None, key)
     if not (found.folder / ADAPTER_SETTINGS).is_file():
         raise MissingInputError(f"{key}: {found.folder} has no {ADAPTER_SETTINGS}: not an adapter")
+    check_links(found.folder, key)
     if (found.folder / WEIGHTS).is_file():
+        check_is_no_pickle(found.folder / WEIGHTS, key)
         return found
     if (found.folder / PICKLED_WEIGHTS).is_file():
         raise RefusedError(

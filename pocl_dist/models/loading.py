@@ -26,7 +26,7 @@ def load_tokenizer(source: ModelFolder) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the Rust reader raises plain Exception, others what they like
         raise MissingInputError(
             f"{source.origin}: no usable tokenizer in {source.folder}: {error}"
         ) from error
@@ -38,7 +38,7 @@ def _model_config(source: ModelFolder) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(
             source.folder, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a field of another type gives any error
         raise MissingInputError(
             f"{source.origin}: no usable model in {source.folder}: {error}"
         ) from error

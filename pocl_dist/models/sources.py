@@ -20,10 +20,11 @@ from pocl_dist.files import (
     read_json,
     sha256_file,
 )
+from pocl_dist.models.folder_checks import check_is_no_pickle, check_links, check_settings
 
 MARKER = "pocl_dist.json"
 ADAPTER_SETTINGS = "adapter_config.json"
-_SETTINGS_FILES = ("config.json", "tokenizer_config.json")
+_SETTINGS_FILES = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
 # Hashing 140 GB of teacher at every start costs minutes; above this, sizes and headers must do.
 FULL_HASH_BYTES = 4 << 30
 
@@ -61,6 +62,7 @@ def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
         )
     if not (folder / "config.json").is_file():
         raise MissingInputError(f"{key}: {folder} has no config.json: not a model folder")
+    check_links(folder, key)
     weights = list(folder.glob("*.safetensors"))
     pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     if not weights and pickled:
@@ -71,12 +73,10 @@ def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
         )
     if not weights:
         raise MissingInputError(f"{key}: {folder} holds no .safetensors file")
-    with_code = [name for name in _SETTINGS_FILES if "auto_map" in _settings(folder / name, key)]
-    if with_code and not trust_remote_code:
-        raise RefusedError(
-            f"{key}: the model in {folder} brings Python code of its own ({with_code[0]}); "
-            "set trust_remote_code: true beside the path if you trust its author"
-        )
+    for file in weights:
+        check_is_no_pickle(file, key)
+    settings = {name: _settings(folder / name, key) for name in _SETTINGS_FILES}
+    check_settings(folder, key, settings, trust_remote_code)
 
 
 def from_hub(
@@ -110,7 +110,7 @@ def from_hub(
     return ModelFolder(folder, path, trust_remote_code, commit=folder.name)
 
 
-def _from_gguf(file: Path, origin: str) -> ModelFolder:
+def _from_gguf(file: Path, origin: str, key: str) -> ModelFolder:
     """Converts a GGUF file to a safetensors folder in the cache, once per content."""
     folder = cache_folder() / f"gguf-{sha256_file(file)[:24]}"
     if (folder / MARKER).exists():
@@ -118,12 +118,24 @@ def _from_gguf(file: Path, origin: str) -> ModelFolder:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # readers of GGUF trust its counts and sizes: any error can come
+        raise MissingInputError(
+            f"{key}: {origin} is no usable GGUF file: {type(error).__name__}: {error}"
+        ) from error
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
     config = loaded.config
     if hasattr(
         config, "quantization_config"
@@ -133,7 +145,7 @@ def _from_gguf(file: Path, origin: str) -> ModelFolder:
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     atomic_write_json(temporary / MARKER, {"origin": origin})
     try:
         temporary.rename(folder)
@@ -159,7 +171,7 @@ def find_model(
             raise MissingInputError(
                 f"{key}: {path} is a file but not GGUF; name the model's folder"
             )
-        return _from_gguf(local, path)
+        return _from_gguf(local, path, key)
     if local.is_dir():
         _check_folder(local, key, trust_remote_code)
         return ModelFolder(local, path, trust_remote_code)

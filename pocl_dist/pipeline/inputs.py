@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config, ModelConfig, StudentConfig, select_keys
 from pocl_dist.data.sources import Rows, read_rows
-from pocl_dist.errors import DataError
+from pocl_dist.errors import DataError, RefusedError
 from pocl_dist.files import (
     JSONValue,
     atomic_write_json,
@@ -18,6 +19,7 @@ from pocl_dist.files import (
     read_json,
     sha256_file,
 )
+from pocl_dist.guards import shown
 from pocl_dist.pipeline.generated_files import generated_data_set
 from pocl_dist.pipeline.run_directory import RunDirectory
 
@@ -53,6 +55,9 @@ RESULT_KEYS = (
     "engine.dtype",
     "export",
 )
+
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def result_inputs(config: Config) -> dict[str, JSONValue]:
@@ -144,7 +149,10 @@ def _find_once(
     asked: dict[str, JSONValue] = {"path": path, "revision": revision}
     entry = known.get(key)
     if isinstance(entry, dict) and {name: entry.get(name) for name in asked} == asked:
-        return find(path, key, str(entry["commit"]))
+        commit = str(entry.get("commit"))
+        if not COMMIT.fullmatch(commit):  # it becomes part of a path in the hub's cache
+            raise RefusedError(f"{record}: {key} has the commit {shown(commit)}, which is none")
+        return find(path, key, commit)
     found = find(path, key, revision)
     if found.commit is not None:
         atomic_write_json(record, {**known, key: {**asked, "commit": found.commit}})

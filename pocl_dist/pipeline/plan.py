@@ -11,8 +11,9 @@ from pocl_dist.config import Config, compare_inputs, select_keys
 from pocl_dist.curriculum.stages import make_stages, order
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import fuse
-from pocl_dist.errors import DataError, MismatchError, MissingInputError, RefusedError
+from pocl_dist.errors import DataError, MismatchError, MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of, read_json, sha256_file
+from pocl_dist.guards import inside
 from pocl_dist.pipeline.difficulty_files import (
     config_inputs,
     read_quarantine,
@@ -163,11 +164,7 @@ def _read_ranking(path: Path, value: Mapping[str, JSONValue]) -> tuple[str, ...]
         return tuple(map(str, cast("list[JSONValue]", value["ranking"])))
     import pyarrow.parquet as pq
 
-    file = path.parent / str(value["ranking_file"])
-    if file.resolve().parent != path.parent.resolve():
-        raise RefusedError(
-            f"{path}: ranking_file {value['ranking_file']!r} leaves the folder of the plan"
-        )
+    file = inside(path.parent, str(value["ranking_file"]), f"{path}: ranking_file")
     if not file.exists():
         raise MissingInputError(f"{path}: its ranking_file {file} is missing")
     if sha256_file(file) != value["ranking_sha256"]:

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Self
 
+from pocl_dist.guards import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -68,16 +70,16 @@ class RowProgress:
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(printable(text), highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
 
 def say(text: str) -> None:
     """Prints a line about the step."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def warn(text: str) -> None:
     """Prints a warning on stderr: something is allowed, but probably not what was meant."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
