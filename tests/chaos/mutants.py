@@ -47,7 +47,12 @@ MUTANTS = (
     ),
     Mutant(
         "no hash check of checkpoints", "distributed/checkpoint*.py",
-        ((r'sha256_file\(([^()]*)\) != ([a-z_]+\["sha256"\])', "False"),),
+        ((r"if sha256_file\(path\) != file\.sha256:", "if False:"),),
+        (*_CHAOS, "damage"),
+    ),
+    Mutant(
+        "no seal of a checkpoint's manifest", "distributed/checkpoint*.py",
+        ((r"if seal != seal_of\(content\)\.encode\(\):", "if False:"),),
         (*_CHAOS, "damage"),
     ),
     Mutant(
