@@ -80,6 +80,12 @@ def explain_storage_error(error: OSError) -> str | None:
     return None
 
 
+def fsync_file(path: Path) -> None:
+    """Makes the content of a file that another library wrote survive a power cut."""
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes renames inside `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

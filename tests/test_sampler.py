@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -72,6 +73,23 @@ def test_a_step_can_be_asked_for_alone_and_twice() -> None:
     backward = [sampler.batch(step) for step in reversed(range(sampler.num_steps))]
     assert backward[::-1] == forward
     assert sampler_of(23, 3.0, 8).batch(5) == forward[5]
+
+
+def test_a_run_interrupted_anywhere_sees_the_tail_of_the_whole_sequence() -> None:
+    # The cursor is the step alone: what a resumed run asks for, also across a stage boundary.
+    draw = random.Random(0)
+    for _ in range(50):
+        seed, batch = draw.randrange(1000), draw.randrange(1, 9)
+        stages = [(draw.randrange(1, 20), draw.choice([0.5, 1.0, 2.5])) for _ in range(3)]
+
+        def visits(start: int, seed: int, batch: int, stages: list) -> list[list[int]]:
+            samplers = [sampler_of(*row, batch, seed=seed, stage=i) for i, row in enumerate(stages)]
+            steps = [(s, step) for s in samplers for step in range(s.num_steps)]
+            return [sampler.batch(step) for sampler, step in steps[start:]]
+
+        whole = visits(0, seed, batch, stages)
+        start = draw.randrange(len(whole))
+        assert visits(start, seed, batch, stages) == whole[start:]
 
 
 def test_the_order_differs_between_seeds_stages_and_epochs() -> None:

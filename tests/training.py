@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pocl_dist.config import load_config
+from pocl_dist.failpoints import VARIABLE
 from pocl_dist.files import read_json_lines
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
-from tests.ranks import run_ranks, run_ranks_with_errors
+from tests.ranks import run_ranks, run_ranks_with_errors, start_ranks
 
 
 def _distill(
@@ -62,9 +64,50 @@ def distill(
     return run
 
 
+def distill_with_errors(config: Path, world_size: int, failpoint: str) -> tuple[RunDirectory, list]:
+    """As `distill`, with a failpoint that raises; returns also (value, error) of each rank."""
+    loaded = load_config([config])
+    run = RunDirectory(Path(loaded.run_dir))
+    make_plan(loaded, run)
+    environment = {VARIABLE: failpoint}
+    return run, run_ranks_with_errors(_distill, world_size, [str(config)], [], None, environment)
+
+
+def distill_killed(config: Path, world_size: int, failpoint: str) -> RunDirectory:
+    """As `distill`, with a failpoint that kills one rank; returns when all ranks have ended."""
+    loaded = load_config([config])
+    run = RunDirectory(Path(loaded.run_dir))
+    make_plan(loaded, run)
+    environment = {VARIABLE: failpoint}
+    processes, _ = start_ranks(_distill, world_size, [str(config)], [], None, environment)
+    try:
+        for process in processes:
+            process.join(60)
+        codes = [process.exitcode for process in processes]
+        assert -signal.SIGKILL in codes, f"no rank was killed by {failpoint}: {codes}"
+        assert None not in codes, "a rank outlived its peer by a minute"
+    finally:
+        for process in processes:
+            process.kill()
+    return run
+
+
 def step_rows(run: RunDirectory) -> list[dict]:
     """Returns the lines of the steps."""
     return [row for row in read_json_lines(run.metrics) if row["kind"] == "step"]
+
+
+def losses(run: RunDirectory) -> torch.Tensor:
+    """Returns what each step measured, one row per step."""
+    names = ("loss", "kd_loss", "ce_loss", "kl", "grad_norm")
+    rows = [[row[name] for name in names] for row in step_rows(run)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def without_speed(rows: list[dict]) -> list[dict]:
+    """Returns the lines without what differs from run to run."""
+    measured = ("tokens_per_second", "peak_memory_bytes")
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]
 
 
 def checkpoint_tensors(run: RunDirectory) -> dict[str, torch.Tensor]:

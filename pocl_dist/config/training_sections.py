@@ -148,6 +148,10 @@ class CheckpointConfig(Section):
     """Older checkpoints are removed."""
     keep_stage_ends: bool = False
     """Also keep the last checkpoint of every stage."""
+    asynchronous: bool = False
+    """Training stands still only for the copy to host memory; a thread of each rank writes."""
+    mtbf_hours: Annotated[float, Field(gt=0)] = 24.0
+    """Mean time between failures of the job: only for the interval that the log suggests."""
 
 
 class ExportConfig(Section):

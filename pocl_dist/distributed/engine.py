@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _NEVER = 10**12
+# Of DeepSpeed's DynamicLossScaler: the scale grows after so many steps without overflow.
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def num_micro_batches(global_batch_size: int, world_size: int, micro_batch_size: int) -> int:
@@ -199,6 +201,18 @@ def set_adam_step(engine: DeepSpeedEngine, step: int) -> None:
             counter.fill_(step)
         else:
             state["step"] = step
+
+
+def loss_scale_state(engine: DeepSpeedEngine) -> dict[str, JSONValue] | None:
+    """Returns the scale of fp16 and what its next change depends on; None in another dtype."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
+    return None if scaler is None else {key: getattr(scaler, key) for key in _LOSS_SCALE}
+
+
+def set_loss_scale_state(engine: DeepSpeedEngine, state: Mapping[str, JSONValue]) -> None:
+    """Sets what `loss_scale_state` returned."""
+    for key in _LOSS_SCALE:
+        setattr(engine.optimizer.loss_scaler, key, state[key])
 
 
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:

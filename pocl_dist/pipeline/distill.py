@@ -29,7 +29,7 @@ from pocl_dist.errors import ConfigError, StoppedError
 from pocl_dist.pipeline.dev import dev_metrics
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_lock import abandonment
-from pocl_dist.pipeline.save import export, save
+from pocl_dist.pipeline.save import export, finish_save, is_save_wanted, save
 from pocl_dist.pipeline.step_answers import answered_batch, choose_answers
 from pocl_dist.pipeline.step_batches import micro_batches, sampler_of
 from pocl_dist.pipeline.stop_request import StopRequest
@@ -87,7 +87,7 @@ def _distill(
     # On rank 0 only: two live displays would draw over each other.
     with training.display.live() if rank.is_main else nullcontext():
         while True:
-            is_save_asked = rank.is_main and (run.save_file.exists() or _is_save_due(training))
+            is_save_asked = rank.is_main and is_save_wanted(training)
             is_stop_asked = stop.is_asked() or training.is_stop_asked
             watchdog.beat("next instruction", training.coordinator.progress.step)
             instruction = training.coordinator.next_instruction(is_stop_asked, is_save_asked)
@@ -99,6 +99,7 @@ def _distill(
             elif instruction.action == Action.SAVE:
                 save(training)
             elif instruction.action == Action.STOP:
+                finish_save(training)
                 training.close()
                 raise StoppedError(
                     f"stopped at step {instruction.step}, saved; "
@@ -109,13 +110,6 @@ def _distill(
     watchdog.beat("export", is_bounded=False)
     export(training)
     training.close()
-
-
-def _is_save_due(training: Training) -> bool:
-    """Returns whether the last checkpoint is older than `checkpoint.every_minutes`."""
-    minutes = training.config.checkpoint.every_minutes
-    seconds = time.monotonic() - training.saved_at_seconds
-    return minutes is not None and seconds >= 60.0 * minutes
 
 
 def _train(training: Training, instruction: Instruction, stop: StopRequest) -> None:

@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pocl_dist import __version__
 from pocl_dist.config import Config, LoRAConfig
 from pocl_dist.distributed.checkpoint import WEIGHTS, Checkpoint
-from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text, fsync_folder
+from pocl_dist.failpoints import failpoint
+from pocl_dist.files import (
+    JSONValue,
+    atomic_write_json,
+    atomic_write_text,
+    fsync_file,
+    fsync_folder,
+)
 from pocl_dist.models.loading import load_model
 from pocl_dist.models.lora import add_lora, merge_lora
 from pocl_dist.models.sources import MARKER, ModelFolder
@@ -137,6 +144,10 @@ def write_export(
     for name, value in written.named_parameters():
         if not torch.equal(value, expected[name]):
             raise RuntimeError(f"{temporary}: {name} was not read back as written")
+    for file in temporary.iterdir():
+        fsync_file(file)
+    fsync_folder(temporary)
+    failpoint("export.before_rename")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     fsync_folder(folder.parent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +22,13 @@ from pocl_dist.files import (
 from pocl_dist.guards import shown
 from pocl_dist.pipeline.generated_files import generated_data_set
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.records import EncodedExample, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pocl_dist.data.encoding import Encoder
+    from pocl_dist.distributed.process_group import Rank
     from pocl_dist.models.sources import ModelFolder
 
 
@@ -215,3 +217,24 @@ def finished_record(config: Config, run: RunDirectory) -> dict[str, JSONValue]:
         "digest.student": model_digest(student_source(config, run)),
         "digest.teacher": None if teacher is None else model_digest(teacher),
     }
+
+
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    what: str,
+    rank: Rank,
+) -> dict[str, EncodedExample]:
+    """Returns {example id: tokens}; rank 0 tells how many rows were cut."""
+    encoder = make_encoder(config, tokenizer)
+    encoded = {example.example_id: encoder.encode(example) for example in examples}
+    num_prompts = sum(item.is_prompt_cut for item in encoded.values())
+    num_responses = sum(item.is_response_cut for item in encoded.values())
+    if rank.is_main and num_prompts + num_responses:
+        print(
+            f"{what}: {num_prompts} prompts and {num_responses} responses cut, "
+            f"of {len(encoded)} rows",
+            flush=True,
+        )
+    return encoded

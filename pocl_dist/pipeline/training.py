@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +14,8 @@ from pocl_dist.distributed.checkpoint import (
     agree_on_digest,
     find_checkpoint,
 )
+from pocl_dist.distributed.checkpoint_share import package_versions
+from pocl_dist.distributed.checkpoint_write import CheckpointWriter
 from pocl_dist.distributed.collectives import barrier
 from pocl_dist.distributed.engine import num_micro_batches
 from pocl_dist.distributed.process_group import Rank, torch_dtype
@@ -28,7 +30,7 @@ from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
 from pocl_dist.pipeline.cache_inputs import cached_teacher
 from pocl_dist.pipeline.inputs import (
-    make_encoder,
+    encode_all,
     read_dev,
     read_train,
     result_inputs,
@@ -37,6 +39,7 @@ from pocl_dist.pipeline.inputs import (
 )
 from pocl_dist.pipeline.plan import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
+from pocl_dist.pipeline.run_lock import check_not_fenced
 from pocl_dist.pipeline.student import StudentWithLoss
 from pocl_dist.pipeline.student_engine import student_engine
 from pocl_dist.records import EncodedExample, Example, Plan
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pocl_dist.models.sources import ModelFolder
+    from pocl_dist.pipeline.save import SaveUnderWay
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Training:
     run: RunDirectory
     rank: Rank
     plan: Plan
+    inputs: dict[str, JSONValue]  # config keys and digests that the result depends on
     encoded: dict[str, EncodedExample]
     dev_rows: list[tuple[Example, EncodedExample]]
     student: ModelFolder
@@ -68,15 +73,23 @@ class Training:
     engine: DeepSpeedEngine
     coordinator: Coordinator
     policy: OnPolicy | None  # None: the references are trained on
+    writer: CheckpointWriter
     log: MetricsLog | None  # rank 0 writes, the others do not
     display: TrainingDisplay
     saved_at_seconds: float = field(default_factory=time.monotonic)
+    save_under_way: SaveUnderWay | None = None
+    has_told_interval: bool = False
     is_stop_asked: bool = False  # a signal to any rank, as the ranks told each other
 
     @property
     def module(self) -> StudentWithLoss:
         """Returns the trained module."""
         return cast("StudentWithLoss", self.engine.module)
+
+    @property
+    def run_digest(self) -> str:
+        """Returns the digest of the inputs: a checkpoint with another is another run's."""
+        return digest_of(self.inputs)
 
     def record(self, row: dict[str, object]) -> None:
         """Writes a line of `metrics.jsonl` and sends it to the trackers, on rank 0."""
@@ -105,26 +118,6 @@ class Training:
             tracker.close()
 
 
-def _encode_all(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    what: str,
-    rank: Rank,
-) -> dict[str, EncodedExample]:
-    encoder = make_encoder(config, tokenizer)
-    encoded = {example.example_id: encoder.encode(example) for example in examples}
-    num_prompts = sum(item.is_prompt_cut for item in encoded.values())
-    num_responses = sum(item.is_response_cut for item in encoded.values())
-    if rank.is_main and num_prompts + num_responses:
-        print(
-            f"{what}: {num_prompts} prompts and {num_responses} responses cut, "
-            f"of {len(encoded)} rows",
-            flush=True,
-        )
-    return encoded
-
-
 def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     """Loads all that the loop needs, resumed from the newest good checkpoint if any. Collective."""
     num_micro_batches(
@@ -143,9 +136,10 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         atomic_write_json(record, inputs)
     barrier(rank)
 
-    checkpoint = find_checkpoint(run.checkpoints, rank, config.resume.on_damage)
+    checkpoint = find_checkpoint(run.checkpoints, rank, digest_of(inputs), config.resume.on_damage)
+    writer = CheckpointWriter(run.checkpoints, rank, lambda: check_not_fenced(run.root))
     coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
-    encoded = _encode_all(rows.examples, tokenizer, config, "train", rank)
+    encoded = encode_all(rows.examples, tokenizer, config, "train", rank)
     policy = _policy(config, plan, encoded, rank, checkpoint)
     if checkpoint is not None:
         progress = {name: v for name, v in checkpoint.state.items() if name != "policy"}
@@ -158,7 +152,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     engine = student_engine(config, rank, student, tokenizer, checkpoint)
     if teacher_folder is not None and config.teacher.source == "online":
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
-    dev_encoded = _encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
+    dev_encoded = encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
     resume_step = -1 if checkpoint is None else checkpoint.step
     display = TrainingDisplay(sum(stage.num_steps for stage in plan.stages), config.log.every)
     if rank.is_main:
@@ -168,6 +162,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         run=run,
         rank=rank,
         plan=plan,
+        inputs=inputs,
         encoded=encoded,
         dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples]
         if dev
@@ -178,6 +173,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         engine=engine,
         coordinator=coordinator,
         policy=policy,
+        writer=writer,
         log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
         display=display,
     )
@@ -187,6 +183,11 @@ def _say_start(config: Config, rank: Rank, checkpoint: Checkpoint | None) -> Non
     engine = config.engine
     if checkpoint is not None:
         print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
+        here = package_versions()
+        others = {name: v for name, v in checkpoint.versions.items() if here.get(name) != v}
+        if others:
+            now = {name: here.get(name) for name in others}
+            print(f"WARNING: it was written with {others}, this is {now}", flush=True)
     num_batches = num_micro_batches(
         engine.global_batch_size, rank.world_size, engine.micro_batch_size
     )
