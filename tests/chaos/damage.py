@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -83,20 +84,21 @@ def _content(checkpoint: object) -> str:
 
 def _try_all(source: str, work: str, num_flips: int, seed: str) -> Iterator[tuple[str, str]]:
     """Yields (what, problem) of each damage; runs on a rank."""
-    from pocl_dist.distributed.checkpoint import find_checkpoint
+    from pocl_dist.distributed.checkpoint import MANIFEST, find_checkpoint
     from pocl_dist.distributed.process_group import join_process_group
     from pocl_dist.errors import PoclError
 
     rank = join_process_group(60)
     newest, before = sorted(Path(source).glob("step-*"), reverse=True)[:2]
-    good = _content(find_checkpoint(_copy(Path(source), Path(work)), rank))
+    run_digest = str(json.loads((newest / MANIFEST).read_text())["digests"]["run"])
+    good = _content(find_checkpoint(_copy(Path(source), Path(work)), rank, run_digest))
     shutil.rmtree(Path(work) / newest.name)
-    fallback = _content(find_checkpoint(Path(work), rank))
+    fallback = _content(find_checkpoint(Path(work), rank, run_digest))
     for what, damage in damages(newest, before, num_flips, random.Random(seed)):
         folder = _copy(Path(source), Path(work))
         damage(folder / newest.name)
         try:
-            found = find_checkpoint(folder, rank)
+            found = find_checkpoint(folder, rank, run_digest)
             content = "" if found is None else _content(found)
         except PoclError as error:
             yield what, f"no fallback: {error}"
