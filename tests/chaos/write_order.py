@@ -53,11 +53,15 @@ def problems(calls: list[list[str]], files_of: Callable[[str], list[str]]) -> li
             synced.add(paths[0])
             continue
         source, target = paths
+        if Path(target).name.startswith(".tmp-"):
+            continue  # on its way to be removed
         for path in [source, *(f"{source}/{name}" for name in files_of(target))]:
             if path not in synced:
                 found.append(f"{path} was renamed to {target}, but not fsynced before")
+        if source in synced:
+            synced.add(target)
         parent = str(Path(target).parent)
-        if ["fsync", parent] not in calls[at + 1 : at + 6]:
+        if ["fsync", parent] not in calls[at + 1 : at + 10]:
             found.append(f"{parent} was not fsynced after the rename to {target}")
     return found
 
@@ -95,7 +99,7 @@ def run(lab: Lab) -> Result:
 
     found = problems(calls, files_of)
     for call in calls:
-        if call[0] == "rename":
+        if call[0] == "rename" and "/.tmp-" not in call[2]:
             own = [text for text in found if f"to {call[2]}" in text]
             result.count(f"{len(own)} problems, e.g. {own[0]}" if own else "")
     result.notes.append(f"{len(calls)} calls of one training read")
