@@ -13,6 +13,7 @@ from tests.chaos.lab import Lab, failing_at, known_failpoints
 from tests.chaos.result import Result
 
 NUM_KILLS = 20
+KILLS_PER_TRAINING = 7
 _PLACES = (
     "checkpoint.before_write",
     "checkpoint.after_write",
@@ -33,7 +34,13 @@ _PLACES = (
 # A rank that dies before all have met is "not reachable"; both codes mean "submit it again".
 _PROMISED = {"WorkerError", "UnavailableError"}
 # Only rank 0 passes these; the others would never die there.
-_MAIN_ONLY = ("atomic_write", "checkpoint.before_manifest", "checkpoint.before_rename")
+_MAIN_ONLY = (
+    "atomic_write",
+    "checkpoint.before_manifest",
+    "checkpoint.before_rename",
+    "checkpoint.after_rename",
+    "checkpoint.before_prune",
+)
 
 
 def _kill_after(rank: int, seconds: float) -> Callable[[list], float | None]:
@@ -68,12 +75,13 @@ def run(lab: Lab, num_kills: int = NUM_KILLS) -> Result:
     expected, generator = lab.trained(), lab.random("kill_training")
     wanted, chain, turn = lab.count(num_kills), 0, 0
     while result.num_faults < wanted:
-        config, chain = lab.training_config(lab.place(f"kill-training-{chain}")), chain + 1
-        run_dir = config.parent / "run"
-        is_done = False
+        checkpoint = {"asynchronous": chain % 2 == 1}
+        config = lab.training_config(lab.place(f"kill-training-{chain}"), checkpoint=checkpoint)
+        run_dir, chain = config.parent / "run", chain + 1
+        is_done, last = False, min(wanted, result.num_faults + KILLS_PER_TRAINING)
         while not is_done:
             what, environment, disturb = "nothing", {}, lambda processes: None
-            if result.num_faults < wanted:
+            if result.num_faults < last:
                 what, environment, disturb = _draw(generator, config.parent, turn)
                 turn += 1
             outcome = lab.train(config, 2, environment, disturb)
@@ -90,5 +98,7 @@ def run(lab: Lab, num_kills: int = NUM_KILLS) -> Result:
     missing = sorted(set(_PLACES) - known_failpoints())
     if missing:
         result.notes.append(f"failpoints not in the code: {', '.join(missing)}")
-    result.notes.append(f"{chain} trainings of 27 steps on 2 ranks, killed in turn")
+    result.notes.append(
+        f"{chain} trainings of 27 steps on 2 ranks, every second one saving asynchronously"
+    )
     return result
