@@ -36,9 +36,9 @@ def _train_steps(path: str, num_steps: int) -> Steps:
     config = load_config([path])
     run = RunDirectory(Path(config.run_dir))
     seen = Steps([], [])
-    update, log_step = train_step._update, distill._log_step
+    update, log_step = train_step.update, distill._log_step
 
-    def look(engine) -> float:  # type: ignore[no-untyped-def]
+    def look(engine, rank) -> float:  # type: ignore[no-untyped-def]
         seen.gradients.append(
             {
                 name.removeprefix("model."): safe_get_full_grad(p).double().clone()
@@ -46,12 +46,12 @@ def _train_steps(path: str, num_steps: int) -> Steps:
                 if p.requires_grad
             }
         )
-        return update(engine)
+        return update(engine, rank)
 
     def note(training, instruction, result, *_) -> None:  # type: ignore[no-untyped-def]
         seen.losses.append(result.loss)
 
-    train_step._update, distill._log_step = look, note
+    train_step.update, distill._log_step = look, note
     try:
         training = prepare_training(config, run, join_process_group(60))
         for _ in range(num_steps):
@@ -59,7 +59,7 @@ def _train_steps(path: str, num_steps: int) -> Steps:
             distill._train(training, instruction, StopRequest(run, None))
         training.close()
     finally:
-        train_step._update, distill._log_step = update, log_step
+        train_step.update, distill._log_step = update, log_step
     return seen
 
 

@@ -184,7 +184,8 @@ def _answers(path: str, step: int) -> list[tuple[int, ...]]:
     encoder = make_encoder(config, tokenizer)
     encoded = {row.example_id: encoder.encode(row) for row in read_train(config).examples}
     examples = first_batch(config, encoded)
-    answers = answer_all(model, tokenizer, examples, config, step, rank)
+    answers = answer_all(model, tokenizer, examples, config, step, rank, lambda: False)
+    assert answers is not None
     assert [a.prompt_ids for a in answers] == [e.prompt_ids for e in examples]
     assert [a.example_id for a in answers] == [e.example_id for e in examples]
     is_cut = [answer.token_ids[-1] != tokenizer.eos_token_id for answer in answers]

@@ -161,12 +161,12 @@ def _first_gradient(path: str) -> dict[str, list]:
 
     seen: dict[str, list] = {}
 
-    def look(engine) -> float:  # type: ignore[no-untyped-def]
+    def look(engine, rank) -> float:  # type: ignore[no-untyped-def]
         for name, parameter in engine.module.named_parameters():
             seen[name] = safe_get_full_grad(parameter).double().tolist()
         raise _SeenError
 
-    train_step._update = look
+    train_step.update = look
     config = load_config([path])
     with contextlib.suppress(_SeenError):
         distill.distill_rank(config, RunDirectory(Path(config.run_dir)))

@@ -26,6 +26,7 @@ from pocl_dist.config.training_sections import (
     ExportConfig,
     LogConfig,
     LossConfig,
+    NonFiniteConfig,
     OptimizerConfig,
     PolicyConfig,
     ResumeConfig,
@@ -55,6 +56,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
+    nonfinite: NonFiniteConfig = NonFiniteConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: ResumeConfig = ResumeConfig()
     run: RunConfig = RunConfig()

@@ -130,6 +130,19 @@ class RunConfig(Section):
     """How often `run` and `distill` start the ranks again after one was lost (exit code 71)."""
 
 
+class NonFiniteConfig(Section):
+    """What happens when a loss or a gradient is NaN or infinite. An overflow of fp16 is none."""
+
+    max_in_row: Annotated[int, Field(ge=1)] = 3
+    """So many steps in a row may be left out; with the last of them the run ends (exit code 76)."""
+    max_dumps: Annotated[int, Field(ge=0)] = 10
+    """Of the first so many the batch is written to `nonfinite/`, one file per rank."""
+    rewind: bool = False
+    """Instead of ending, go back to the last checkpoint and leave out the steps since then."""
+    max_rewinds: Annotated[int, Field(ge=1)] = 2
+    """How often, before the run ends after all."""
+
+
 class ResumeConfig(Section):
     """What happens when a run is continued."""
 

@@ -79,6 +79,11 @@ class Progress:
     num_without_gain: int = 0
     is_converged: bool = False
     stage_ends: list[int] = field(default_factory=list)
+    num_skipped: int = 0  # steps that were not taken: loss or gradient not finite
+    num_skipped_in_row: int = 0
+    num_overflows: int = 0  # of fp16; the loss scale was lowered instead
+    num_rewinds: int = 0
+    left_out_until: int = 0  # after a rewind: steps before this one are passed over
 
 
 class Coordinator:
@@ -112,17 +117,19 @@ class Coordinator:
             return Action.STOP if is_saved else Action.SAVE
         is_stage_over = self._is_stage_over()
         dev_every = self.config.dev.every
+        # Steps that are passed over, or were skipped, leave the weights as they were.
+        is_new = not self.is_passing and progress.num_skipped_in_row == 0
         is_dev_due = (
             is_stage_over
             or progress.step == 0
-            or (dev_every is not None and progress.step % dev_every == 0)
+            or (is_new and dev_every is not None and progress.step % dev_every == 0)
         )
         if self.has_dev and is_dev_due and progress.evaluated_at != progress.step:
             return Action.EVALUATE
         is_best = self.config.export.select == "best_dev" and progress.best_step == progress.step
         is_save_due = is_stage_over or is_save_asked or is_best
         is_save_due = is_save_due or (
-            every is not None and progress.step > 0 and progress.step % every == 0
+            is_new and every is not None and progress.step > 0 and progress.step % every == 0
         )
         if is_save_due and not is_saved:
             return Action.SAVE
@@ -159,10 +166,35 @@ class Coordinator:
             resets_optimizer=is_next_stage and self.config.curriculum.optimizer == "reset",
         )
 
-    def record_step(self) -> None:
-        """Counts a finished optimizer step."""
-        self.progress.step += 1
-        self.progress.step_in_stage += 1
+    @property
+    def is_passing(self) -> bool:
+        """Returns whether the present step is one that a rewind leaves out."""
+        return self.progress.step < self.progress.left_out_until
+
+    def record_step(self, *, is_skipped: bool = False, is_overflow: bool = False) -> None:
+        """Counts an optimizer step: taken, skipped as not finite, or lost to an fp16 overflow."""
+        progress = self.progress
+        progress.step += 1
+        progress.step_in_stage += 1
+        progress.num_skipped += is_skipped
+        progress.num_overflows += is_overflow
+        if not is_overflow:
+            progress.num_skipped_in_row = progress.num_skipped_in_row + 1 if is_skipped else 0
+
+    def go_back(self, saved: Progress) -> None:
+        """Takes up the progress of a checkpoint; the steps from there to the present one are out.
+
+        What is counted over the whole run stays as it is now.
+        """
+        now = self.progress
+        self.progress = replace(
+            saved,
+            num_skipped=now.num_skipped,
+            num_skipped_in_row=0,
+            num_overflows=now.num_overflows,
+            num_rewinds=now.num_rewinds + 1,
+            left_out_until=now.step,
+        )
 
     def record_save(self) -> None:
         """Notes that the present step is saved; called before the progress is written."""

@@ -54,6 +54,11 @@ def gather_texts(text: str, rank: Rank) -> list[str]:
     return [bytes(row[:n].tolist()).decode().strip() for row, n in zip(rows, lengths, strict=True)]
 
 
+def on_any_rank(flag: bool, rank: Rank) -> bool:
+    """Returns, on every rank, whether the flag is set on one of them."""
+    return any(row[0] for row in gather_ints([int(flag)], rank))
+
+
 def barrier(rank: Rank) -> None:
     """Waits for all ranks."""
     gather_ints([0], rank)

@@ -39,7 +39,9 @@ def num_micro_batches(global_batch_size: int, world_size: int, micro_batch_size:
 
 def _precision(dtype: torch.dtype) -> dict[str, JSONValue]:
     if dtype == torch.bfloat16:
-        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # Without the check ZeRO 1 and 2 would take an update whose gradient is NaN.
+        bf16: dict[str, JSONValue] = {"enabled": True, "check_grad_overflow": True}
+        return {"bf16": bf16, "data_types": {"grad_accum_dtype": "fp32"}}
     return {"fp16": {"enabled": True, "initial_scale_power": 16}} if dtype == torch.float16 else {}
 
 

@@ -76,6 +76,17 @@ def set_master_parameter(parameter: nn.Parameter, value: torch.Tensor) -> None:
     safe_set_full_fp32_param(parameter, value)
 
 
+def set_weight(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Sets what forward uses of a parameter, in its dtype, from the whole tensor. Collective."""
+    if not is_partitioned(parameter):
+        parameter.data.copy_(value)
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0):  # rank 0's goes to all
+        parameter.data.copy_(value)
+
+
 def set_moment(
     engine: DeepSpeedEngine, parameter: nn.Parameter, key: str, value: torch.Tensor
 ) -> None:

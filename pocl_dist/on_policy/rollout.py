@@ -9,7 +9,7 @@ only once, where the answers are exchanged.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pocl_dist.config import Config
 from pocl_dist.distributed.collectives import gather_int_lists
 from pocl_dist.distributed.process_group import Rank
+from pocl_dist.failpoints import failpoint
 from pocl_dist.models.generation import Sampling, generate_token_ids
 from pocl_dist.on_policy.replay_buffer import with_answer
 from pocl_dist.records import EncodedExample
@@ -50,16 +51,23 @@ def answer_all(
     config: Config,
     step: int,
     rank: Rank,
-) -> list[EncodedExample]:
+    is_stop_asked: Callable[[], bool],
+) -> list[EncodedExample] | None:
     """Returns the examples with the model's sampled answers as responses, in order. Collective.
 
     An answer ends with eos, unless `policy.max_new_tokens` or `data.max_tokens` cuts it; an empty
-    one is eos alone, so every row has a label.
+    one is eos alone, so every row has a label. None when a rank was asked to stop: that rank gives
+    up at once, and the others learn of it where the answers are exchanged.
     """
     calls = calls_of(examples, config.policy.batch_size)
     sampling, max_tokens = sampling_of(config), config.data.max_tokens
-    mine: list[int] = []  # position, number of tokens, tokens; for each answer of this rank
+    # Whether this rank gave up; then position, number of tokens, tokens for each of its answers.
+    mine: list[int] = [0]
     for index in range(rank.index, len(calls), rank.world_size):
+        failpoint("generate.call")
+        if is_stop_asked():
+            mine = [1]
+            break
         prompts = [examples[position].prompt_ids for position in calls[index]]
         rooms = [max_tokens - len(prompt) for prompt in prompts]
         drawn = replace(
@@ -72,8 +80,11 @@ def answer_all(
             kept = answer[:room]
             mine += [position, len(kept), *kept]
     answer_of: dict[int, list[int]] = {}
-    for row in gather_int_lists(mine, rank):
-        at = 0
+    rows = gather_int_lists(mine, rank)
+    if any(row[0] for row in rows):
+        return None
+    for row in rows:
+        at = 1
         while at < len(row):
             position, length = row[at : at + 2]
             answer_of[position] = row[at + 2 : at + 2 + length]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pocl_dist.models.generation import Sampling
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.progress import RowProgress
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.pipeline.stop_request import STOP_SIGNALS, StopRequest
+from pocl_dist.pipeline.stop_request import StopRequest
 
 
 def _take_signals(stop: StopRequest) -> None:
@@ -34,15 +33,8 @@ def stop_request(run: RunDirectory, max_wallclock_minutes: float | None) -> Iter
 
     After it signals do what they did before.
     """
-    stop = StopRequest(run, max_wallclock_minutes)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    _take_signals(stop)
-    try:
+    with StopRequest(run, max_wallclock_minutes).installed() as stop:
         yield stop
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def worker_settings(

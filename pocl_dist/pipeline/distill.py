@@ -13,7 +13,7 @@ import torch
 
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Action, Instruction, agree, applied_digest
-from pocl_dist.distributed.collectives import gather_texts
+from pocl_dist.distributed.collectives import gather_texts, on_any_rank
 from pocl_dist.distributed.engine import (
     learning_rate_of,
     reset_optimizer,
@@ -26,14 +26,16 @@ from pocl_dist.distributed.process_group import (
 )
 from pocl_dist.distributed.watchdog import EXIT_CODE, Watchdog
 from pocl_dist.errors import ConfigError, StoppedError
-from pocl_dist.pipeline.dev import dev_metrics
+from pocl_dist.failpoints import failpoint
+from pocl_dist.pipeline.dev import evaluate_on_dev
+from pocl_dist.pipeline.nonfinite import skip_step
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_lock import abandonment
 from pocl_dist.pipeline.save import export, finish_save, is_save_wanted, save
 from pocl_dist.pipeline.step_answers import answered_batch, choose_answers
 from pocl_dist.pipeline.step_batches import micro_batches, sampler_of
 from pocl_dist.pipeline.stop_request import StopRequest
-from pocl_dist.pipeline.train_step import StepResult, train_step
+from pocl_dist.pipeline.train_step import NotFinite, StepResult, train_step
 from pocl_dist.pipeline.training import Training, prepare_training
 from pocl_dist.records import Stage
 
@@ -83,7 +85,9 @@ def _distill(
             f"but the launcher started {rank.world_size} ranks"
         )
     watchdog.beat("loading", is_bounded=False)
+    failpoint("loading")
     training = prepare_training(config, run, rank)
+    training.is_stop_asked = on_any_rank(stop.is_asked(), rank)
     # On rank 0 only: two live displays would draw over each other.
     with training.display.live() if rank.is_main else nullcontext():
         while True:
@@ -95,9 +99,10 @@ def _distill(
             if instruction.action == Action.TRAIN:
                 _train(training, instruction, stop)
             elif instruction.action == Action.EVALUATE:
-                _evaluate(training, watchdog)
+                evaluate_on_dev(training, stop.is_asked, lambda: watchdog.beat("evaluate"))
             elif instruction.action == Action.SAVE:
                 save(training)
+                training.tell_status()
             elif instruction.action == Action.STOP:
                 finish_save(training)
                 training.close()
@@ -108,28 +113,45 @@ def _distill(
             else:
                 break
     watchdog.beat("export", is_bounded=False)
+    failpoint("export.before")
+    if on_any_rank(stop.is_asked(), rank):
+        finish_save(training)
+        training.close()
+        raise StoppedError("trained to the end and saved; the same command exports the result")
     export(training)
     training.close()
 
 
 def _train(training: Training, instruction: Instruction, stop: StopRequest) -> None:
-    """Applies the instruction, checks that all ranks did, takes the step, logs it. Collective."""
+    """Applies the instruction, checks that all ranks did, takes the step, logs it. Collective.
+
+    A step that a rewind leaves out is only counted; one whose loss or gradient is not finite is
+    skipped. Nothing is done when a stop is asked for while the student answers.
+    """
     started = time.monotonic()
     config, rank, engine = training.config, training.rank, training.engine
-    source, instruction = choose_answers(training, instruction)
-    if instruction.step_in_stage == 0:
+    is_first = instruction.step_in_stage == 0
+    if is_first:
+        failpoint("stage.before")
         stage = training.plan.stages[instruction.stage]
         training.record(
             {"kind": "stage", "step": instruction.step + 1, "stage": stage.index, **_numbers(stage)}
         )
     if instruction.resets_optimizer:
         reset_optimizer(engine)
+    if training.coordinator.is_passing:
+        training.coordinator.record_step()
+        return
+    source, instruction = choose_answers(training, instruction)
     set_learning_rate(engine, instruction.learning_rate)
     training.module.temperature = instruction.temperature
     training.module.kd_ratio = instruction.kd_ratio
     engine.train()
 
-    answered = answered_batch(training, instruction, source)
+    answered = answered_batch(training, instruction, source, stop.is_asked)
+    if answered is None:
+        training.is_stop_asked = True
+        return
     batches = micro_batches(training, answered.examples)
     digest = applied_digest(
         instruction,
@@ -144,8 +166,15 @@ def _train(training: Training, instruction: Instruction, stop: StopRequest) -> N
     # Dropout masks: a function of step and rank, so that a resumed run draws the same ones.
     torch.manual_seed(config.seed * 1_000_003 + instruction.step * 1009 + rank.index)
     teacher = training.teacher if instruction.kd_ratio > 0 else None
+    failpoint("train.before_step")
     result = train_step(engine, teacher, batches, agreement.num_label_tokens, instruction, rank)
-    training.coordinator.record_step()
+    failpoint("train.after_step")
+    if is_first:
+        failpoint("stage.after")
+    if isinstance(result, NotFinite):
+        skip_step(training, instruction, answered.examples, batches, result)
+        return
+    training.coordinator.record_step(is_overflow=result.is_overflow)
     answers = {} if training.policy is None else answered.metrics()
     _log_step(training, instruction, result, answers, time.monotonic() - started)
 
@@ -162,7 +191,7 @@ def _log_step(
     seconds: float,
 ) -> None:
     values = asdict(result)
-    num_input_tokens, was_skipped = values.pop("num_input_tokens"), values.pop("was_skipped")
+    num_input_tokens, is_overflow = values.pop("num_input_tokens"), values.pop("is_overflow")
     row: dict[str, object] = {
         "kind": "step",
         "step": instruction.step + 1,
@@ -175,41 +204,10 @@ def _log_step(
         **values,
         **answers,
     }
-    if was_skipped:
-        row["skipped"] = True
+    if is_overflow:
+        row["overflow"] = True
     training.record(row)
     if training.rank.is_main:
         training.display.step(row, len(training.plan.stages))
 
 
-def _evaluate(training: Training, watchdog: Watchdog) -> None:
-    """Computes the dev metric and tells the coordinator. Collective."""
-    started = time.monotonic()
-    config, coordinator = training.config, training.coordinator
-    policy = training.policy if training.policy and training.policy.is_adaptive else None
-    wanted = [config.dev.metric] if policy is None else [config.dev.metric, "loss"]
-    values = dev_metrics(
-        training.engine,
-        training.tokenizer,
-        training.dev_rows,
-        config,
-        training.rank,
-        wanted,
-        on_batch=lambda: watchdog.beat("evaluate"),
-    )
-    value = values[config.dev.metric]
-    coordinator.record_dev(value)
-    progress = coordinator.progress
-    row = {
-        "step": progress.step,
-        "stage": progress.stage,
-        "metric": config.dev.metric,
-        "value": value,
-    }
-    if policy is not None:
-        policy.record_dev_loss(values["loss"])
-        row |= {"dev_loss": values["loss"], "on_policy_ratio": policy.state.ratio}
-    training.record({"kind": "dev", **row, "seconds": time.monotonic() - started})
-    if training.rank.is_main:
-        note = " (best so far)" if progress.best_step == progress.step else ""
-        training.display.note(f"step {progress.step}: dev {config.dev.metric} {value:.2f}{note}")

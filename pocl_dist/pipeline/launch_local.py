@@ -16,7 +16,10 @@ from pocl_dist.files import read_json
 from pocl_dist.models.sources import MARKER
 from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.pipeline.stop_request import STOP_SIGNALS
+from pocl_dist.pipeline.stop_request import STOP_SIGNALS, waiting_request
+
+IDLE_STARTS = 3
+"""So many starts without a new checkpoint are no bad luck any more."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -37,20 +40,24 @@ def run_ranks(config: Config, run: RunDirectory) -> None:
     """Runs distill on ranks, as `launch_ranks` says. A finished run is left as it is.
 
     When a rank was lost, all are started again from the last checkpoint, `run.max_restarts` times,
-    as long as each start saves at least one more step than the one before.
+    unless `IDLE_STARTS` in a row have saved nothing new.
     """
     if is_distilled(config, run):
         print(f"distill: {run.export} is there", flush=True)
         return
-    reached = _last_saved(run)
+    reached, num_idle = _last_saved(run), 0
     for restart in range(config.run.max_restarts + 1):
         try:
             return launch_ranks(config, run, "distill")
         except errors.WorkerError as error:
             saved = _last_saved(run)
-            has_progress = restart == 0 or saved > reached
-            if restart == config.run.max_restarts or not has_progress:
+            num_idle = 0 if saved > reached else num_idle + 1
+            if restart == config.run.max_restarts:
                 raise
+            if num_idle == IDLE_STARTS:
+                raise errors.WorkerError(
+                    f"{error}; {num_idle} starts in a row have saved nothing new"
+                ) from error
             reached = saved
             print(
                 f"distill: {error}\ndistill: restart {restart + 1} of {config.run.max_restarts}, "
@@ -62,8 +69,7 @@ def run_ranks(config: Config, run: RunDirectory) -> None:
 
 def _last_saved(run: RunDirectory) -> int:
     """Returns the step of the newest checkpoint, -1 without one."""
-    steps = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")]
-    return max(steps, default=-1)
+    return max(run.checkpoint_steps(), default=-1)
 
 
 def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
@@ -80,6 +86,7 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = ["bash", str(launch_file("local.sh")), str((run.root / "config.yaml").resolve())]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
+    earlier = waiting_request()
     received: list[int] = []
 
     def ask_to_stop(number: int, _frame: FrameType | None) -> None:
@@ -90,6 +97,8 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
         run.stop_file.touch()
 
     before = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
+    if earlier is not None and earlier.signal is not None:  # since its last look
+        ask_to_stop(earlier.signal, None)
     try:
         code = process.wait()
     finally:
@@ -99,6 +108,8 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)  # whatever the launcher may have left behind
         if received:
             run.stop_file.unlink(missing_ok=True)
+            if earlier is not None:  # the ranks may have been done before they saw the file
+                earlier.take_over(received[0])
     _raise_outcome(code, run, step)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pocl_dist.config import Config
+from pocl_dist.errors import StoppedError
 from pocl_dist.pipeline.cache import cache
 from pocl_dist.pipeline.evaluate import evaluate
 from pocl_dist.pipeline.generate import generate, needs_generate
@@ -14,6 +15,7 @@ from pocl_dist.pipeline.preflight import check_inputs
 from pocl_dist.pipeline.report import report
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_step import Step, run_step
+from pocl_dist.pipeline.stop_request import StopRequest
 
 
 def steps_of(config: Config) -> list[tuple[str, Step]]:
@@ -35,8 +37,14 @@ def steps_of(config: Config) -> list[tuple[str, Step]]:
 
 
 def run_all(config: Config, run: RunDirectory) -> None:
-    """Checks the inputs, then runs each step; the manifest is sealed again after every one."""
-    check_inputs(config, run)
-    for name, step in steps_of(config):
-        print(f"── {name}", flush=True)
-        run_step(name, step, config, run)
+    """Checks the inputs, then runs each step; the manifest is sealed again after every one.
+
+    A signal that a step does not act on itself ends the run (75) before the next step.
+    """
+    with StopRequest(run, config.run.max_wallclock_minutes).installed() as stop:
+        check_inputs(config, run)
+        for name, step in steps_of(config):
+            if stop.is_asked():
+                raise StoppedError(f"stopped before {name}; the same command goes on from there")
+            print(f"── {name}", flush=True)
+            run_step(name, step, config, run)

@@ -27,6 +27,7 @@ from pocl_dist.files import (
     atomic_write_text,
     read_json,
 )
+from pocl_dist.pipeline.status import TrainingStatus, scheduler_ids
 
 ATTEMPT_VARIABLE = "POCL_DIST_ATTEMPT"
 """Tells ranks that `run` or `distill` started which attempt they belong to."""
@@ -68,6 +69,16 @@ class RunDirectory:
         """One folder per checkpoint."""
         return self.root / "checkpoints"
 
+    def checkpoint_steps(self) -> list[int]:
+        """Returns the steps of the committed checkpoints, in order."""
+        ends = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*"))
+        return sorted(int(end) for end in ends if end.isdecimal())
+
+    @property
+    def nonfinite(self) -> Path:
+        """Batches on which a loss or gradient was not finite, one file per step and rank."""
+        return self.root / "nonfinite"
+
     @property
     def export(self) -> Path:
         """The distilled student, for `from_pretrained`."""
@@ -107,19 +118,38 @@ class RunDirectory:
         """Records the config with all defaults."""
         atomic_write_text(self.root / "config.yaml", dump_config(config))
 
-    def write_status(self, state: str, exit_code: int | None, phase: str, reason: str = "") -> None:
-        """Writes `status.json`; launchers lose exit codes, so the outcome must stand in a file."""
+    def write_status(
+        self,
+        state: str,
+        exit_code: int | None,
+        phase: str,
+        reason: str = "",
+        training: TrainingStatus | None = None,
+    ) -> None:
+        """Writes `status.json`; launchers lose exit codes, so the outcome must stand in a file.
+
+        Without `training` what it said of that before stays.
+        """
         value = {
             "state": state,
             "exit_code": exit_code,
             "retryable": exit_code is not None and exit_code_row(exit_code).is_retryable,
             "phase": phase,
             "reason": reason,
+            **(training or self._training_status()).to_json(),
+            "last_checkpoint": max(self.checkpoint_steps(), default=None),
+            **scheduler_ids(),
             "attempt": int(os.environ.get(ATTEMPT_VARIABLE, "1")),
             "host": socket.gethostname(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         atomic_write_json(self.status, value)
+
+    def _training_status(self) -> TrainingStatus:
+        # An outcome must be written also where the earlier one cannot be read.
+        with contextlib.suppress(OSError, ValueError):
+            return TrainingStatus.from_status(read_json(self.status))
+        return TrainingStatus()
 
     def add_seconds(self, step: str, seconds: float) -> None:
         """Adds to the time spent on a step; a resumed step counts all its attempts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pocl_dist.curriculum.coordinator import Instruction
@@ -60,11 +61,15 @@ def choose_answers(
 
 
 def answered_batch(
-    training: Training, instruction: Instruction, source: AnswerSource
-) -> AnsweredBatch:
+    training: Training,
+    instruction: Instruction,
+    source: AnswerSource,
+    is_stop_asked: Callable[[], bool],
+) -> AnsweredBatch | None:
     """Returns the examples of the step with the answers of `source`. Collective if the student's.
 
     The student's weights are gathered once, into a copy that is gone before the step's forward.
+    None, on every rank, when one of them was asked to stop while the student answered.
     """
     examples, policy = global_batch(training, instruction), training.policy
     if policy is None or source == AnswerSource.DATA:
@@ -81,6 +86,9 @@ def answered_batch(
         training.config,
         instruction.step,
         training.rank,
+        is_stop_asked,
     )
+    if answers is None:
+        return None
     policy.record_answers(answers)
     return AnsweredBatch(answers, source, time.monotonic() - started)

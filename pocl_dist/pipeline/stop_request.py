@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from pocl_dist.pipeline.run_directory import RunDirectory
@@ -26,6 +29,12 @@ def _now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def waiting_request() -> StopRequest | None:
+    """Returns the request that this process's signals go to now; None when there is none."""
+    owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return owner if isinstance(owner, StopRequest) else None
+
+
 class StopRequest:
     """A flag that signals set, looked at between steps. A second one ends the process at once."""
 
@@ -38,9 +47,36 @@ class StopRequest:
         self._signal: int | None = None
 
     def install(self) -> None:
-        """Takes over SIGTERM, SIGUSR1 and SIGINT."""
+        """Takes over SIGTERM, SIGUSR1 and SIGINT, and a signal that an earlier request got."""
+        earlier = waiting_request()
+        if earlier is not None:
+            self.take_over(earlier.signal)
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+
+    @contextmanager
+    def installed(self) -> Iterator[StopRequest]:
+        """Turns signals into the flag while the context lasts; only in the main thread.
+
+        After it signals do what they did before; a request that waited before has heard of them.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        earlier = waiting_request()
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.install()
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if earlier is not None:
+                earlier.take_over(self._signal)
+
+    def take_over(self, number: int | None) -> None:
+        """Counts a signal, if there was one, that another handler of this process got."""
+        self._signal = self._signal or number
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # Ctrl-C on a terminal reaches every process of the group, and a launcher may repeat it as
@@ -48,6 +84,11 @@ class StopRequest:
         if self._signal == number:
             os._exit(128 + number)
         self._signal = self._signal or number
+
+    @property
+    def signal(self) -> int | None:
+        """Returns the first signal that this process got."""
+        return self._signal
 
     @property
     def was_signalled(self) -> bool:

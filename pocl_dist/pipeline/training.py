@@ -40,6 +40,7 @@ from pocl_dist.pipeline.inputs import (
 from pocl_dist.pipeline.plan import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.run_lock import check_not_fenced
+from pocl_dist.pipeline.status import TrainingStatus
 from pocl_dist.pipeline.student import StudentWithLoss
 from pocl_dist.pipeline.student_engine import student_engine
 from pocl_dist.records import EncodedExample, Example, Plan
@@ -104,6 +105,22 @@ class Training:
             }
             tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers)
 
+    def tell_status(self) -> None:
+        """Writes to `status.json` how far training is, on rank 0."""
+        if not self.rank.is_main:
+            return
+        progress = self.coordinator.progress
+        num_steps = sum(stage.num_steps for stage in self.plan.stages)
+        status = TrainingStatus(
+            progress.stage,
+            progress.step,
+            num_steps,
+            progress.num_skipped,
+            progress.num_overflows,
+            progress.num_rewinds,
+        )
+        self.run.write_status("running", None, "distill", training=status)
+
     def __post_init__(self) -> None:
         folder, step = self.run.root, self.coordinator.progress.step
         self.trackers = (
@@ -142,8 +159,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     encoded = encode_all(rows.examples, tokenizer, config, "train", rank)
     policy = _policy(config, plan, encoded, rank, checkpoint)
     if checkpoint is not None:
-        progress = {name: v for name, v in checkpoint.state.items() if name != "policy"}
-        coordinator.progress = Progress(**progress)  # type: ignore[arg-type]
+        coordinator.progress = progress_of(checkpoint)
     teacher: Teacher | None = None
     if policy is None and not any(stage.kd_ratio > 0 for stage in plan.stages):
         teacher_folder = None  # nothing will be asked of it
@@ -177,6 +193,12 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
         display=display,
     )
+
+
+def progress_of(checkpoint: Checkpoint) -> Progress:
+    """Returns the coordinator's progress as it was saved."""
+    progress = {name: v for name, v in checkpoint.state.items() if name != "policy"}
+    return Progress(**progress)  # type: ignore[arg-type]
 
 
 def _say_start(config: Config, rank: Rank, checkpoint: Checkpoint | None) -> None:
