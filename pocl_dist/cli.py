@@ -22,8 +22,9 @@ from pocl_dist.errors import (
     PoclError,
     StoppedError,
     UsageError,
+    WorkerError,
 )
-from pocl_dist.files import explain_storage_error
+from pocl_dist.files import JSONValue, explain_storage_error, guarded, make_private
 from pocl_dist.guards import check_versions, printable
 
 if TYPE_CHECKING:
@@ -107,8 +108,10 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
 
 def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.config import load_config
+    from pocl_dist.pipeline.manifest import remove_leftovers
     from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
-    from pocl_dist.pipeline.run_lock import run_lock
+    from pocl_dist.pipeline.run_format import check_run_directory
+    from pocl_dist.pipeline.run_lock import check_not_fenced, run_lock
     from pocl_dist.pipeline.run_step import run_step
     from pocl_dist.pipeline.stop_request import mark_start
 
@@ -137,8 +140,12 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     is_owner = not is_child and (not is_rank or os.environ["RANK"] == "0")
     with contextlib.ExitStack() as stack:
         if is_owner:
+            check_run_directory(run.root, config.resume.strict_versions)
             stack.enter_context(run_lock(run.root))
+            remove_leftovers(run.root)
             stack.enter_context(kept_if_refused(run.root))
+        else:
+            stack.enter_context(guarded(run.root, lambda: check_not_fenced(run.root)))
         try:
             if is_owner:
                 run.write_config(config)
@@ -167,12 +174,19 @@ def _has_joined() -> bool:
 
 def _record_failure(run: RunDirectory, command: str, error: BaseException, is_rank: bool) -> None:
     """Writes how the run ended; of ranks the first report stands, the others lost a peer."""
+    from pocl_dist.pipeline.status_file import read_status
+
     code, reason = describe(error)
-    status = json.loads(run.status.read_text()) if run.status.exists() else {}
+    status: dict[str, JSONValue] = {}
+    with contextlib.suppress(MissingInputError, MismatchError):  # none yet, or damaged: a new one
+        status = read_status(run.status)
     if is_rank and status.get("state", "running") != "running":
         return
     state = "stopped" if isinstance(error, StoppedError) else "failed"
-    run.write_status(state, code, status.get("phase", command), reason)
+    try:
+        run.write_status(state, code, str(status.get("phase", command)), reason)
+    except (OSError, WorkerError) as problem:  # the disk is full, or the run is another's by now
+        print(f"warning: {run.status} was not written: {problem}", file=sys.stderr, flush=True)
 
 
 def describe(error: BaseException) -> tuple[int, str]:
@@ -186,31 +200,6 @@ def describe(error: BaseException) -> tuple[int, str]:
     return 70, printable(f"{type(error).__name__}: {error}")
 
 
-def _verify(run_dir: Path) -> None:
-    from pocl_dist.files import verify_manifest
-
-    if not run_dir.is_dir():
-        raise MissingInputError(f"{run_dir} is no run directory")
-    findings = verify_manifest(run_dir)
-    if findings:
-        raise MismatchError("\n".join(findings))
-    print(f"{run_dir}: every file is as its manifest says")
-
-
-def _outcome(run_dir: Path) -> int:
-    from pocl_dist.pipeline.run_lock import is_locked
-
-    path = run_dir / "status.json"
-    if not path.is_file():
-        raise MissingInputError(f"{path} does not exist: no run was started here")
-    status = json.loads(path.read_text())
-    print(json.dumps(status, indent=1))
-    if status["exit_code"] is not None:
-        return int(status["exit_code"])
-    # "running": is somebody? A killed launcher, or an aborted collective, leaves no last word.
-    return 75 if is_locked(run_dir) else 71
-
-
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "exit-codes":
         for row in EXIT_CODES:
@@ -219,9 +208,13 @@ def _dispatch(arguments: argparse.Namespace) -> int:
                 f"{row.meaning}"
             )
     elif arguments.command == "verify":
-        _verify(arguments.run_dir)
+        from pocl_dist.pipeline.verify import verify
+
+        verify(arguments.run_dir)
     elif arguments.command == "outcome":
-        return _outcome(arguments.run_dir)
+        from pocl_dist.pipeline.status_file import outcome
+
+        return outcome(arguments.run_dir)
     elif arguments.command == "score":
         from pocl_dist.pipeline.score import score_files
 
@@ -241,6 +234,7 @@ def main(words: Sequence[str] | None = None) -> None:
         # Before torch is imported: the deepspeed launcher has replaced the caller's choice.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["POCL_DIST_VISIBLE_DEVICES"]
     arguments = _parser().parse_args(words)
+    make_private()
     try:
         code = _dispatch(arguments)
     except Exception as error:

@@ -118,6 +118,12 @@ class MismatchError(PoclError):
     exit_code = 78
 
 
+def error_of(code: int, reason: str) -> PoclError | None:
+    """Returns the exception of an exit code; None for a code that has none."""
+    kinds = {kind.exit_code: kind for kind in PoclError.__subclasses__()}
+    return kinds[code](reason) if code in kinds else None
+
+
 def exit_code_row(code: int) -> ExitCode:
     """Returns the table's row for `code`; an unlisted code counts as a bug (70)."""
     return _BY_CODE.get(code, _BY_CODE[70])

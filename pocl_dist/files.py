@@ -1,18 +1,21 @@
-"""Files written whole or not at all, hashed, and listed in a manifest.
+"""Files and folders written whole or not at all, and their hashes.
 
-Every writer of the project goes through `atomic_write_*`: a temporary name in the same folder,
-fsync of the file, one rename, fsync of the folder. An OSError always carries the path;
-`explain_storage_error` makes one line of it.
+Every writer of the project goes through `atomic_write_*` or `new_folder`: a temporary name in the
+same folder, fsync of what was written, one rename, fsync of the folder. What goes wrong is a
+WriteError with the path; `explain_storage_error` makes one line of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, cast
@@ -21,12 +24,15 @@ from pocl_dist.failpoints import failpoint
 
 JSONValue = None | bool | int | float | str | list["JSONValue"] | dict[str, "JSONValue"]
 
-MANIFEST_NAME = "manifest.json"
-SEAL_NAME = "manifest.json.sha256"
-# Files that change while a run lives or that only say how it went: never part of its result.
-UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control")
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+# How the name of what is not finished begins; nothing of that name counts.
+TEMPORARY = ".tmp-"
+_FULL_DISK = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded"}
+_UNWRITABLE = {errno.EROFS, errno.EFBIG}
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EIO}
+# How libraries in Rust and C++ tell the system's error number: in the text of their own errors.
+_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+# What is asked before something under a folder takes its final name; see `guarded`.
+_guards: dict[Path, Callable[[], None]] = {}
 
 
 def package_file(reference: str) -> Path:
@@ -70,13 +76,55 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+class WriteError(OSError):
+    """A file or folder could not be written: `filename` is its final name."""
+
+    num_bytes: int | None = None
+    """What it needed, where that is known."""
+
+
+def _write_error(number: int, path: Path, num_bytes: int | None) -> WriteError:
+    error = WriteError(number, os.strerror(number), str(path))
+    error.num_bytes = num_bytes
+    return error
+
+
+@contextlib.contextmanager
+def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Turns what the system refuses while `path` is written into a WriteError that names it."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        if error.errno is None:  # not the system's word: a library uses the class for its own
+            raise
+        raise _write_error(error.errno, path, num_bytes) from error
+    except Exception as error:
+        found = _ERROR_NUMBER.search(str(error))
+        if found is None:
+            raise
+        raise _write_error(int(found[1] or found[2]), path, num_bytes) from error
+
+
+def require_free(path: Path, num_bytes: int) -> None:
+    """Raises WriteError (disk full) when the disk of `path` has less than `num_bytes` left."""
+    if free_bytes(path) < num_bytes:
+        raise _write_error(errno.ENOSPC, path, num_bytes)
+
+
 def explain_storage_error(error: OSError) -> str | None:
     """Returns one line about a full, read-only or failing disk; None for another error."""
     path = Path(str(error.filename or "."))
     if error.errno in _FULL_DISK:
-        return f"disk full while writing {path}: {free_bytes(path.parent)} bytes free"
-    if error.errno in _UNWRITABLE:
+        num_bytes = error.num_bytes if isinstance(error, WriteError) else None
+        needed = "" if num_bytes is None else f"{num_bytes} bytes needed, "
+        free = free_bytes(path.parent)
+        return f"{_FULL_DISK[error.errno]} while writing {path}: {needed}{free} bytes free"
+    if isinstance(error, WriteError) or error.errno in _UNWRITABLE:
         return f"cannot write {path}: {error.strerror}"
+    if error.errno in _UNUSABLE:
+        return f"cannot use {path}: {error.strerror}"
     return None
 
 
@@ -86,8 +134,36 @@ def fsync_file(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
+def make_private() -> None:
+    """Lets this process create files for its user only: 0600, folders 0700. Children take it over.
+
+    Runs hold rows and weights; not each library can be told the mode of its files.
+    """
+    os.umask(0o077)
+
+
+@contextlib.contextmanager
+def guarded(root: Path, check: Callable[[], None]) -> Iterator[None]:
+    """While the context lasts, `check` is called before a file under `root` takes its final name.
+
+    What it raises keeps the file from being committed.
+    """
+    resolved = root.resolve()
+    _guards[resolved] = check
+    try:
+        yield
+    finally:
+        del _guards[resolved]
+
+
+def _check_commit(path: Path) -> None:
+    for root, check in _guards.items():
+        if path.resolve().is_relative_to(root):
+            check()
+
+
 def fsync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
+    """Makes renames inside `folder` (or the content of a file) survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -95,35 +171,72 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Creates or replaces `path` with what `write(handle)` writes; readers never see half of it."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
-            failpoint("atomic_write.open")
-            write(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        failpoint("atomic_write.before_rename")
-        temporary.replace(path)
-        failpoint("atomic_write.after_rename")
-        fsync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a failing write() does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+def atomic_write(
+    path: Path, write: Callable[[IO[bytes]], object], num_bytes: int | None = None
+) -> None:
+    """Creates or replaces `path` with what `write(handle)` writes; readers never see half of it.
+
+    `num_bytes`, if known, is named when the disk is full.
+    """
+    writer = f"{os.getpid()}-{threading.get_native_id()}"
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{writer}")
+    with writing(path, num_bytes):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as handle:
+                failpoint("atomic_write.open")
+                write(handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            failpoint("atomic_write.before_rename")
+            _check_commit(path)
+            temporary.replace(path)
+            failpoint("atomic_write.after_rename")
+            fsync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # the error above is the one that matters
+                temporary.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Creates or replaces `path` with `text` in UTF-8."""
-    atomic_write(path, lambda handle: handle.write(text.encode()))
+    data = text.encode()
+    atomic_write(path, lambda handle: handle.write(data), len(data))
+
+
+def json_text(value: object) -> str:
+    """Returns `value` as the JSON that is written; NaN is a ValueError (it is not JSON)."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def atomic_write_json(path: Path, value: object) -> None:
-    """Creates or replaces `path` with `value` as indented JSON; NaN is refused (it is not JSON)."""
-    atomic_write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Creates or replaces `path` with `value` as indented JSON."""
+    atomic_write_text(path, json_text(value))
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, keeps_existing: bool = False) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `target`, synced, when the context ends well.
+
+    Otherwise it is removed. `keeps_existing`: one that another process has made meanwhile stays.
+    """
+    temporary = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
+    with writing(target):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                fsync_folder(file)
+            fsync_folder(temporary)
+            failpoint("new_folder.before_rename")
+            _check_commit(target)
+            if not (keeps_existing and target.exists()):
+                shutil.rmtree(target, ignore_errors=True)
+                temporary.rename(target)
+                fsync_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, JSONValue]:
@@ -144,69 +257,3 @@ def read_json_lines(path: Path) -> list[dict[str, JSONValue]]:
     lines = path.read_text(encoding="utf-8").split("\n")
     complete = lines[:-1]  # what stands after the last newline was never finished
     return [json.loads(line) for line in complete if line.strip()]
-
-
-# ---------------------------------------------------------------------------------------- manifest
-
-
-def list_files(folder: Path) -> list[str]:
-    """Returns the sealed files under `folder`, relative, sorted; not temporary or live ones."""
-    found = []
-    for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        is_temporary = any(part.startswith(".tmp-") for part in relative.parts)
-        if path.is_file() and not is_temporary and relative.parts[0] not in UNSEALED:
-            found.append(relative.as_posix())
-    return sorted(found)
-
-
-def write_manifest(folder: Path) -> None:
-    """Lists every file of a run directory with size and sha256, and seals the list with its hash.
-
-    A file whose size and mtime are those of the last manifest keeps its
-    hash: checkpoints are large.
-    """
-    known: dict[str, dict[str, JSONValue]] = {}
-    if (folder / MANIFEST_NAME).exists():
-        listed = cast("list[dict[str, JSONValue]]", read_json(folder / MANIFEST_NAME)["files"])
-        known = {str(row["path"]): row for row in listed}
-    files = []
-    for name in list_files(folder):
-        stat = (folder / name).stat()
-        row = known.get(name)
-        if row is None or (row["bytes"], row["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
-            row = {"path": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            row["sha256"] = sha256_file(folder / name)
-        files.append(row)
-    atomic_write_json(folder / MANIFEST_NAME, {"format": 1, "files": files})
-    seal = sha256_file(folder / MANIFEST_NAME)
-    atomic_write_text(folder / SEAL_NAME, f"{seal}  {MANIFEST_NAME}\n")
-
-
-def verify_manifest(folder: Path) -> list[str]:
-    """Returns one line per file that is missing, changed or unlisted; empty when all is well."""
-    manifest_path, seal_path = folder / MANIFEST_NAME, folder / SEAL_NAME
-    if not manifest_path.exists() or not seal_path.exists():
-        return [f"{folder}: {MANIFEST_NAME} or {SEAL_NAME} is missing"]
-    if seal_path.read_text(encoding="utf-8", errors="replace").split()[:1] != [
-        sha256_file(manifest_path)
-    ]:
-        return [f"{MANIFEST_NAME}: does not match {SEAL_NAME}"]
-    try:
-        rows = cast("list[dict[str, object]]", read_json(manifest_path)["files"])
-        listed = {str(row["path"]): (row["bytes"], row["sha256"]) for row in rows}
-    except (KeyError, TypeError, ValueError):
-        return [f"{MANIFEST_NAME}: is no manifest"]
-    findings = []
-    for name, (num_bytes, sha256) in listed.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            findings.append(f"{name!r}: leaves {folder}; it was not looked at")
-        elif not path.is_file():
-            findings.append(f"{name}: missing")
-        elif path.stat().st_size != num_bytes:
-            findings.append(f"{name}: {path.stat().st_size} bytes, expected {num_bytes}")
-        elif sha256_file(path) != sha256:
-            findings.append(f"{name}: content changed (sha256 differs)")
-    unlisted = set(list_files(folder)) - set(listed)
-    return findings + [f"{name}: not listed in {MANIFEST_NAME}" for name in sorted(unlisted)]

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocl_dist.files import atomic_write_text, read_json_lines
+from pocl_dist.failpoints import failpoint
+from pocl_dist.files import atomic_write_text, read_json_lines, writing
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -23,12 +24,17 @@ class MetricsLog:
         kept = [row for row in read_json_lines(path) if int(row["step"]) <= resume_step]  # type: ignore
         # The line of a step is written after the step: at the resumed step it is already there.
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._stream = path.open("a", encoding="utf-8")
+        self._path = path
+        # Unbuffered: after a full disk nothing is left that `close` would fail to write again.
+        self._stream = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, object]) -> None:
-        """Appends one object, floats unrounded, and flushes it."""
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
-        self._stream.flush()
+        """Appends one object, floats unrounded. Half a line on a full disk counts as none."""
+        data = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with writing(self._path, len(data)):
+            failpoint("metrics.write")
+            while data:
+                data = data[self._stream.write(data) :]
 
     def close(self) -> None:
         """Closes the file."""

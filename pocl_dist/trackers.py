@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pocl_dist.errors import ConfigError
+from pocl_dist.files import writing
 
 
 class Tracker(Protocol):
@@ -23,17 +24,21 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         # purge_step hides what an interrupted attempt wrote after the step that is resumed.
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        with writing(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Sends numbers under `kind/name`."""
-        for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
+        with writing(self._folder):  # an error of its thread comes out with a later number
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 def open_trackers(wants_tensorboard: bool | None, folder: Path, resume_step: int) -> list[Tracker]:

@@ -258,7 +258,7 @@ DAMAGES = {
     "missing file": "plan.json: missing",
     "unlisted file": "smuggled.json: not listed",
     "tampered manifest": "manifest.json: does not match",
-    "no seal": "manifest.json.sha256 is missing",
+    "no seal": "manifest.json.sha256: missing",
 }
 
 

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from pocl_dist.files import (
-    MANIFEST_NAME,
-    SEAL_NAME,
     atomic_write,
     atomic_write_json,
     atomic_write_text,
     digest_of,
     explain_storage_error,
     free_bytes,
-    list_files,
     package_file,
     read_json,
     read_json_lines,
     sha256_bytes,
     sha256_file,
-    verify_manifest,
-    write_manifest,
 )
 
 
@@ -102,79 +96,3 @@ def test_a_file_of_a_package_is_found_and_none_outside_of_it() -> None:
     for reference in [*outside, "package:no_such_package/x", "package:os/x", "package:a.b/x"]:
         with pytest.raises(FileNotFoundError):
             package_file(reference)
-
-
-# --- manifest
-
-
-@pytest.fixture
-def sealed(tmp_path: Path) -> Path:
-    root = tmp_path / "run"
-    atomic_write_text(root / "export" / "model.bin", "weights")
-    atomic_write_text(root / "plan.json", "{}")
-    atomic_write_text(root / "export" / "with space é.txt", "x")
-    for live in ("lock", "status.json", "control/stop", ".tmp-plan.json-1", "export/.tmp-x/y"):
-        atomic_write_text(root / live, "lives on")
-    write_manifest(root)
-    return root
-
-
-def test_a_sealed_folder_verifies_and_live_files_are_no_part_of_it(sealed: Path) -> None:
-    assert list_files(sealed) == ["export/model.bin", "export/with space é.txt", "plan.json"]
-    assert verify_manifest(sealed) == []
-    atomic_write_text(sealed / "status.json", "changed")
-    atomic_write_text(sealed / "control" / "save", "")
-    assert verify_manifest(sealed) == []
-
-
-def test_every_kind_of_change_is_found_and_named(sealed: Path) -> None:
-    (sealed / "export" / "model.bin").write_text("weighty")  # one character, same length
-    (sealed / "plan.json").unlink()
-    (sealed / "export" / "with space é.txt").write_text("xx")
-    (sealed / "export" / "more.bin").write_text("smuggled")
-    assert verify_manifest(sealed) == [
-        "export/model.bin: content changed (sha256 differs)",
-        "export/with space é.txt: 2 bytes, expected 1",
-        "plan.json: missing",
-        "export/more.bin: not listed in manifest.json",
-    ]
-
-
-def test_a_changed_manifest_does_not_match_its_seal(sealed: Path) -> None:
-    path = sealed / MANIFEST_NAME
-    path.write_text(path.read_text().replace("plan.json", "plans.json"))
-    assert verify_manifest(sealed) == ["manifest.json: does not match manifest.json.sha256"]
-    (sealed / SEAL_NAME).write_text("")
-    assert verify_manifest(sealed) == ["manifest.json: does not match manifest.json.sha256"]
-    (sealed / SEAL_NAME).unlink()
-    assert "is missing" in verify_manifest(sealed)[0]
-
-
-def _reseal(root: Path, value: object) -> None:
-    atomic_write_text(root / MANIFEST_NAME, json.dumps(value))
-    atomic_write_text(root / SEAL_NAME, f"{sha256_file(root / MANIFEST_NAME)}  {MANIFEST_NAME}\n")
-
-
-def test_a_manifest_cannot_point_out_of_its_folder(sealed: Path) -> None:
-    value = read_json(sealed / MANIFEST_NAME)
-    rows = [{"path": path, "bytes": 1, "sha256": "x"} for path in ("../x", "/etc/hostname")]
-    _reseal(sealed, {**value, "files": [*value["files"], *rows]})  # type: ignore[misc]
-    findings = verify_manifest(sealed)
-    assert len(findings) == 2 and all("leaves" in finding for finding in findings)
-
-
-@pytest.mark.parametrize("value", [{}, {"files": 3}, {"files": [3]}, {"files": [{"path": "a"}]}])
-def test_a_manifest_that_is_none_is_a_finding_and_not_a_crash(sealed: Path, value: object) -> None:
-    _reseal(sealed, value)
-    assert verify_manifest(sealed) == ["manifest.json: is no manifest"]
-
-
-def test_sealing_again_follows_what_changed(sealed: Path) -> None:
-    before = (sealed / MANIFEST_NAME).read_bytes()
-    write_manifest(sealed)
-    assert (sealed / MANIFEST_NAME).read_bytes() == before
-    atomic_write_text(sealed / "plan.json", '{"a": 1}')
-    atomic_write_text(sealed / "new.txt", "new")
-    write_manifest(sealed)
-    assert verify_manifest(sealed) == []
-    assert (sealed / MANIFEST_NAME).read_bytes() != before

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pocl_dist.files import atomic_write_text, write_manifest
+from pocl_dist.config import load_config
+from pocl_dist.files import atomic_write_text
+from pocl_dist.pipeline.plan import make_plan
+from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.run_step import run_step
 
 HEAVY = ("torch", "deepspeed", "ray", "transformers", "datasets")
 # Runs a command line in a fresh interpreter; tells its exit code and what it loaded.
@@ -36,8 +40,11 @@ def run(*words: str, code: str = CODE) -> list[object]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a sealed run directory, predictions and references."""
     root = tmp_path_factory.mktemp("light")
-    atomic_write_text(root / "run" / "plan.json", "{}\n")
-    write_manifest(root / "run")
+    run = RunDirectory(root / "run")
+    config = load_config(["tiny_cpu.yaml"], [f"run_dir={run.root}", "curriculum.num_stages=1"])
+    run.write_config(config)
+    run_step("plan", make_plan, config, run)
+    run.write_status("done", 0, "plan")
     atomic_write_text(root / "predictions.jsonl", '{"text": "b"}\n')
     atomic_write_text(root / "references.jsonl", '{"prompt": "a", "response": "b"}\n')
     return root

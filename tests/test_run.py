@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
+from pocl_dist.files import atomic_write_json, read_json
+from pocl_dist.pipeline.manifest import write_manifest
+from pocl_dist.pipeline.run_format import FILES
+from pocl_dist.pipeline.verify import find_changes
 from tests.tiny import write_config, write_rows
 
 # Planted: none of them may be found again.
@@ -143,18 +151,85 @@ def test_the_report_shows_the_share_of_time_of_measure_and_plan(run_dir: Path) -
     assert {"measure", "plan", "distill", "evaluate"} <= set(seconds)
 
 
-def test_a_finished_run_verifies_until_one_bit_of_it_changes(run_dir: Path) -> None:
+def test_a_finished_run_verifies_until_one_bit_of_any_of_its_files_changes(run_dir: Path) -> None:
     assert subprocess.run(command("verify", str(run_dir))).returncode == 0
     assert subprocess.run(command("outcome", str(run_dir)), capture_output=True).returncode == 0
-    weights = run_dir / "export" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    damaged = subprocess.run(command("verify", str(run_dir)), capture_output=True, text=True)
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert damaged.returncode == 78
-    assert "export/model.safetensors" in damaged.stderr
+    assert find_changes(run_dir) == []
+    for path in sorted(path for path in run_dir.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        position = random.Random(path.name).randrange(8 * len(content))
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        assert path.relative_to(run_dir).as_posix() in "\n".join(find_changes(run_dir))
+        path.write_bytes(content)
+
+
+def test_a_finished_run_holds_only_documented_files_each_for_its_user_alone(run_dir: Path) -> None:
+    for path in run_dir.rglob("*"):
+        name = path.relative_to(run_dir).as_posix()
+        if path.is_dir():
+            assert path.stat().st_mode & 0o777 == 0o700, name
+        else:
+            assert any(fnmatch(name, pattern) for pattern in FILES), name
+            assert path.stat().st_mode & 0o777 == 0o600, name
+    assert not (run_dir / "lock").exists() and not (run_dir / "control" / "ranks").exists()
+
+
+def _other_checkpoint_file(root: Path) -> None:
+    file = sorted(root.glob("checkpoints/step-*/*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+
+def _other_export(root: Path) -> None:
+    weights = root / "export" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+
+
+def _better_report(root: Path) -> None:
+    report = read_json(root / "eval" / "test" / "report.json")
+    atomic_write_json(root / "eval" / "test" / "report.json", {**report, "rouge_l": 99.0})
+
+
+def _other_record(name: str, key: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        atomic_write_json(root / name, {**read_json(root / name), key: "0" * 64})
+
+    return change
+
+
+SEALED_ANEW: dict[str, Callable[[Path], None]] = {
+    "/rank-00001.safetensors: is not what checkpoints/step-": _other_checkpoint_file,
+    "eval/test/report.json: is of another model than export/": _other_export,
+    "report.json: is not about eval/test/report.json": _better_report,
+    "export/pocl_dist.json: digest.student is": _other_record(
+        "checkpoints/inputs.json", "digest.student"
+    ),
+    "checkpoints/inputs.json: digest.plan is not": _other_record(
+        "checkpoints/inputs.json", "digest.plan"
+    ),
+    "checkpoints/inputs.json: digest.data is": _other_record(
+        "checkpoints/inputs.json", "digest.data"
+    ),
+    "export/pocl_dist.json: was made from another plan.json": _other_record(
+        "export/pocl_dist.json", "plan sha256"
+    ),
+    "eval/test/inputs-teacher.json: teacher model sha256 is": _other_record(
+        "eval/test/inputs-teacher.json", "teacher model sha256"
+    ),
+}
+
+
+@pytest.mark.parametrize("finding", SEALED_ANEW)
+def test_a_change_of_a_finished_run_that_was_sealed_anew_breaks_the_chain(
+    run_dir: Path, tmp_path: Path, finding: str
+) -> None:
+    root = Path(shutil.copytree(run_dir, tmp_path / "copy"))
+    SEALED_ANEW[finding](root)
+    write_manifest(root)
+    findings = find_changes(root)
+    assert any(finding in line for line in findings), findings
+    assert not any("sha256 differs" in line for line in findings)
 
 
 def test_distill_also_works_under_torchrun(

@@ -7,13 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from pocl_dist.errors import EXIT_CODES, DataError, ExitCode, MismatchError
-from pocl_dist.files import atomic_write_json, atomic_write_text, verify_manifest, write_manifest
+from pocl_dist.errors import (
+    EXIT_CODES,
+    DataError,
+    ExitCode,
+    MismatchError,
+    MissingInputError,
+)
+from pocl_dist.files import atomic_write_json, atomic_write_text
+from pocl_dist.pipeline.manifest import MANIFEST_NAME, SEAL_NAME, write_manifest
 from pocl_dist.pipeline.run_directory import (
     RunDirectory,
     check_made_from,
     kept_if_refused,
 )
+from pocl_dist.pipeline.status_file import outcome, read_status
 
 
 @pytest.mark.parametrize("row", EXIT_CODES, ids=lambda row: row.name)
@@ -55,14 +63,15 @@ def _finished_run(root: Path) -> None:
 
 def test_a_refused_command_leaves_a_finished_run_sealed(tmp_path: Path) -> None:
     _finished_run(tmp_path)
+    names = ("config.yaml", "timings.json", MANIFEST_NAME, SEAL_NAME)
+    before = {name: (tmp_path / name).read_bytes() for name in names}
     for error in (MismatchError("other inputs"), DataError("bad row")):
         with pytest.raises(type(error)), kept_if_refused(tmp_path):
             atomic_write_text(tmp_path / "config.yaml", "another")
             write_manifest(tmp_path)
             atomic_write_text(tmp_path / "timings.json", "longer")
             raise error
-        assert verify_manifest(tmp_path) == []
-        assert (tmp_path / "config.yaml").read_text() == "config.yaml of the run"
+        assert {name: (tmp_path / name).read_bytes() for name in names} == before
 
 
 def test_a_command_that_worked_or_was_interrupted_keeps_what_it_wrote(tmp_path: Path) -> None:
@@ -74,3 +83,45 @@ def test_a_command_that_worked_or_was_interrupted_keeps_what_it_wrote(tmp_path: 
         raise KeyboardInterrupt
     assert (tmp_path / "config.yaml").read_text() == "second"
     assert (tmp_path / "timings.json").read_text() == "longer"
+
+
+def _status(tmp_path: Path) -> Path:
+    run = RunDirectory(tmp_path)
+    run.write_status("failed", 74, "plan", "disk full, é")
+    return run.status
+
+
+def test_a_status_is_read_back_and_its_exit_code_is_the_outcome(tmp_path: Path) -> None:
+    path = _status(tmp_path)
+    assert read_status(path)["reason"] == "disk full, é"
+    assert outcome(tmp_path) == 74
+    path.unlink()
+    with pytest.raises(MissingInputError, match=r"status\.json does not exist"):
+        outcome(tmp_path)
+
+
+def test_one_flipped_bit_anywhere_in_the_status_is_found(tmp_path: Path) -> None:
+    path = _status(tmp_path)
+    content = path.read_bytes()
+    for position in range(len(content)):
+        for bit in (0, 5):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(bytes(flipped))
+            with pytest.raises(MismatchError, match=r"status\.json: "):
+                read_status(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff", b"null", b'{"exit_code": 0}', b"{}"]
+)
+def test_a_status_that_is_damaged_or_of_another_program_is_a_clear_error(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "status.json").write_bytes(content)
+    with pytest.raises(MismatchError, match=r"status\.json: .*pocl_dist"):
+        outcome(tmp_path)
+    (tmp_path / "status.json").unlink()
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(MismatchError, match="Is a directory"):
+        outcome(tmp_path)

@@ -7,14 +7,18 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from pocl_dist.config import load_config
 from pocl_dist.errors import BusyError, StorageError, WorkerError
+from pocl_dist.files import atomic_write_text
 from pocl_dist.pipeline import run_lock as module
-from pocl_dist.pipeline.run_directory import ATTEMPT_VARIABLE
+from pocl_dist.pipeline.manifest import write_manifest
+from pocl_dist.pipeline.run_directory import ATTEMPT_VARIABLE, RunDirectory
 from pocl_dist.pipeline.run_lock import (
     LEASE_SECONDS,
     abandonment,
@@ -22,6 +26,8 @@ from pocl_dist.pipeline.run_lock import (
     is_locked,
     run_lock,
 )
+from pocl_dist.pipeline.run_step import run_step
+from pocl_dist.pipeline.status_file import read_status
 
 
 def test_the_lock_names_its_holder_and_is_gone_afterwards(tmp_path: Path) -> None:
@@ -150,3 +156,65 @@ def test_an_attempt_is_abandoned_when_its_holder_dies_or_another_has_the_lock(
         assert "no longer held by attempt" in abandonment(tmp_path)
         (tmp_path / "lock").unlink()
         assert "no longer held by attempt" in abandonment(tmp_path)
+
+
+@pytest.mark.parametrize("is_refreshed", [False, True])
+def test_a_lock_from_the_future_is_judged_by_whether_it_is_touched_not_by_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_refreshed: bool
+) -> None:
+    monkeypatch.setattr(module, "REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr(module, "LEASE_SECONDS", 0.3)
+    path = _write_lock(tmp_path, seconds_ago=-86400.0, **FOREIGN)
+    is_over = threading.Event()
+
+    def touch() -> None:  # a holder whose file server was set back by a day, and goes on being late
+        while is_refreshed and not is_over.wait(0.05):
+            os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+
+    keeper = threading.Thread(target=touch)
+    keeper.start()
+    try:
+        if is_refreshed:
+            with pytest.raises(BusyError), run_lock(tmp_path):
+                pytest.fail("the lock was taken")
+        else:
+            with run_lock(tmp_path) as attempt:
+                assert attempt == 4
+    finally:
+        is_over.set()
+        keeper.join()
+    assert path.exists() == is_refreshed
+
+
+def test_a_wall_clock_that_is_set_back_breaks_neither_lock_nor_time_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REFRESH_SECONDS", 0.02)
+    days = iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 86400.0 * next(days))
+    monkeypatch.setattr(time, "time_ns", lambda: 10**18 - 10**14 * next(days))
+    run = RunDirectory(tmp_path)
+    config = load_config(["tiny_cpu.yaml"], [f"run_dir={tmp_path}"])
+    with run_lock(tmp_path):
+        run_step("plan", lambda *_: time.sleep(0.05), config, run)
+        check_not_fenced(tmp_path)
+        with pytest.raises(BusyError), run_lock(tmp_path):
+            pytest.fail("the lock was taken")
+    assert 0.05 <= json.loads(run.timings.read_text())["plan"] < 5
+
+
+def test_a_writer_that_was_thought_dead_writes_no_file_of_the_run(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with run_lock(tmp_path):
+        run.write_status("running", None, "plan")
+        _write_lock(tmp_path, **(FOREIGN | {"attempt": 2}))
+        for write in (
+            lambda: run.write_status("failed", 70, "plan"),
+            lambda: write_manifest(tmp_path),
+            lambda: atomic_write_text(run.plan, "{}"),
+            lambda: run.add_seconds("plan", 1.0),
+        ):
+            with pytest.raises(WorkerError, match="attempt 2 has it"):
+                write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "status.json"]
+    assert read_status(run.status)["state"] == "running"

@@ -148,6 +148,8 @@ class ResumeConfig(Section):
 
     on_damage: Literal["fallback", "fail"] = "fallback"
     """A checkpoint that does not verify: use the one before, or stop with exit code 78."""
+    strict_versions: bool = False
+    """The run directory was written by other code or packages: stop (78) instead of warning."""
 
 
 class CheckpointConfig(Section):

@@ -16,6 +16,7 @@ from pocl_dist.difficulty.signals import SIGNALS, AnsweredBatch
 from pocl_dist.difficulty.work import WorkBatch, WorkShard
 from pocl_dist.distributed.process_group import torch_dtype
 from pocl_dist.errors import ConfigError, MismatchError
+from pocl_dist.files import make_private
 from pocl_dist.models.generation import Sampling, generate_answers, mean_cross_entropies
 from pocl_dist.models.greedy import AnsweredRow, answer_and_score
 from pocl_dist.models.loading import load_model, load_tokenizer
@@ -56,6 +57,7 @@ class ModelWorker:
 
         Not in `__init__`: an error there reaches the driver without its class.
         """
+        make_private()
         self._check_model()
         torch.set_num_threads(self.settings.num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

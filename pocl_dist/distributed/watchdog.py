@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pocl_dist.errors import WorkerError
+
 EXIT_CODE = 71
 _ALARM = "alarm.json"
 # A thread inside one of these waits for other ranks.
@@ -178,7 +180,8 @@ class Watchdog:
             if alarm.get("job") == self.job:
                 self._end(count)
             if time.monotonic() - self._beat_at > self.timeout_seconds:
-                _write(self.folder / _ALARM, {"job": self.job, "rank": self.index})
+                with contextlib.suppress(OSError):  # on a full disk this rank ends all the same
+                    _write(self.folder / _ALARM, {"job": self.job, "rank": self.index})
                 self._end(count)
             self._is_over.wait(self.tick_seconds)
 
@@ -186,14 +189,18 @@ class Watchdog:
         """Writes this rank's stacks, waits for the others', names the culprit, exits."""
         is_waiting, place = _where()
         stacks = self.folder / f"stacks-rank-{self.index:05d}.txt"
-        with stacks.open("w") as stream:
-            faulthandler.dump_traceback(stream, all_threads=True)
-        self._sign(count + 1, is_waiting=is_waiting, place=place)
+        try:
+            with stacks.open("w") as stream:
+                faulthandler.dump_traceback(stream, all_threads=True)
+            self._sign(count + 1, is_waiting=is_waiting, place=place)
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
         time.sleep(2.5 * self.tick_seconds)
         rows = self._rows()
         speakers = [row for row in rows if "place" in row]
         if not speakers or speakers[0]["rank"] == self.index:
-            self.on_hang(self._verdict(rows))
+            with contextlib.suppress(OSError, WorkerError):  # full disk, or the run is another's
+                self.on_hang(self._verdict(rows))
             self._kill_frozen(rows)
         os._exit(EXIT_CODE)
 

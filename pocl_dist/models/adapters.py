@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from pocl_dist.files import (
     atomic_write_json,
     digest_of,
     free_bytes,
+    new_folder,
     package_file,
     read_json,
     sha256_file,
@@ -100,14 +100,9 @@ def merge_adapter(base: ModelFolder, adapter: ModelFolder, key: str) -> ModelFol
         return merged
     with _alone(folder):
         if not (folder / MARKER).exists():
-            temporary = folder.with_name(f".tmp-{folder.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
+            with new_folder(folder) as temporary:
                 _write_merged(base, adapter, temporary, key)
                 atomic_write_json(temporary / MARKER, {"origin": merged.origin})
-                temporary.rename(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
     return merged
 
 

@@ -7,7 +7,6 @@ No pickled weights are read, and no code of a model is run unless the config say
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,10 @@ from pocl_dist.files import (
     JSONValue,
     atomic_write_json,
     digest_of,
+    new_folder,
     package_file,
     read_json,
+    require_free,
     sha256_file,
 )
 from pocl_dist.models.folder_checks import check_is_no_pickle, check_links, check_settings
@@ -133,9 +134,6 @@ def _from_gguf(file: Path, origin: str, key: str) -> ModelFolder:
         raise MissingInputError(
             f"{key}: {origin} is no usable GGUF file: {type(error).__name__}: {error}"
         ) from error
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     config = loaded.config
     if hasattr(
         config, "quantization_config"
@@ -144,13 +142,12 @@ def _from_gguf(file: Path, origin: str, key: str) -> ModelFolder:
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
-    plain.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    atomic_write_json(temporary / MARKER, {"origin": origin})
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process converted the same file meanwhile; both wrote the same
-        shutil.rmtree(temporary)
+    require_free(folder, sum(p.numel() * p.element_size() for p in plain.parameters()))
+    # Another process may convert the same file meanwhile; both write the same.
+    with new_folder(folder, keeps_existing=True) as temporary:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        atomic_write_json(temporary / MARKER, {"origin": origin})
     return ModelFolder(folder, origin)
 
 

@@ -40,6 +40,15 @@ def plan_temperatures(plan: Plan) -> tuple[float, ...]:
     return tuple(sorted({stage.temperature for stage in plan.stages if stage.kd_ratio > 0}))
 
 
+def config_keys(config: Config, plan: Plan) -> dict[str, JSONValue]:
+    """Returns the config keys, and what of the plan, the cached values depend on."""
+    keys = select_keys(config, _INPUT_KEYS)
+    if config.teacher.source == "cache_topk":
+        keys["teacher.top_k"] = config.teacher.top_k
+        keys["plan temperatures"] = list(plan_temperatures(plan))
+    return keys
+
+
 def cache_inputs(
     config: Config,
     rows: Rows,
@@ -49,16 +58,12 @@ def cache_inputs(
 ) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the cached values depend on."""
     tokens: list[JSONValue] = [[row.example_id, content_hash(row)] for row in examples]
-    inputs = {
-        **select_keys(config, _INPUT_KEYS),
+    return {
+        **config_keys(config, plan),
         **model_inputs("models.teacher model", teacher),
         "data.train sha256": rows.digest,
         "data.train tokens sha256": digest_of(tokens),
     }
-    if config.teacher.source == "cache_topk":
-        inputs["teacher.top_k"] = config.teacher.top_k
-        inputs["plan temperatures"] = list(plan_temperatures(plan))
-    return inputs
 
 
 def check_top_k(config: Config, num_real_tokens: int) -> None:

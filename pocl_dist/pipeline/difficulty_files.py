@@ -62,12 +62,17 @@ _TOKENIZER_FILES = (
 )
 
 
-def config_inputs(config: Config, rows: Rows) -> dict[str, JSONValue]:
-    """Returns the config keys and the data digest that difficulty scores depend on."""
+def config_keys(config: Config) -> dict[str, JSONValue]:
+    """Returns the config keys that difficulty scores depend on."""
     keys = select_keys(config, _INPUT_KEYS)
     if config.models.student.path is None:
         keys |= select_keys(config, ["models.teacher.path"])
-    return keys | {"data.train sha256": rows.digest}
+    return keys
+
+
+def config_inputs(config: Config, rows: Rows) -> dict[str, JSONValue]:
+    """Returns the config keys and the data digest that difficulty scores depend on."""
+    return config_keys(config) | {"data.train sha256": rows.digest}
 
 
 def model_inputs(key: str, source: ModelFolder) -> dict[str, JSONValue]:

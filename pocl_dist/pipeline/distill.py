@@ -209,5 +209,3 @@ def _log_step(
     training.record(row)
     if training.rank.is_main:
         training.display.step(row, len(training.plan.stages))
-
-

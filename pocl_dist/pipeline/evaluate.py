@@ -111,9 +111,14 @@ def _models(config: Config, run: RunDirectory) -> dict[str, ModelFolder]:
     return models
 
 
+def config_keys(config: Config) -> dict[str, JSONValue]:
+    """Returns the config keys that answers depend on."""
+    return select_keys(config, _INPUT_KEYS)
+
+
 def _check_inputs(config: Config, pair: Pair, model_digests: dict[str, JSONValue]) -> None:
     inputs = (
-        select_keys(config, _INPUT_KEYS)
+        config_keys(config)
         | model_digests
         | {f"data.eval {pair.set_name} sha256": pair.rows.digest}
     )

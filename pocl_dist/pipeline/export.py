@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,8 +17,8 @@ from pocl_dist.files import (
     JSONValue,
     atomic_write_json,
     atomic_write_text,
-    fsync_file,
-    fsync_folder,
+    new_folder,
+    require_free,
 )
 from pocl_dist.models.loading import load_model
 from pocl_dist.models.lora import add_lora, merge_lora
@@ -129,25 +128,22 @@ def write_export(
     stages: tuple[Stage, ...],
     made_from: dict[str, JSONValue],
 ) -> None:
-    """Writes the export whole or not at all, reads it back, compares every weight. Rank 0 only."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Writes the export whole or not at all, reads it back, compares every weight. Rank 0 only.
+
+    Raises WriteError (exit code 74) before anything is written when the disk is too full.
+    """
     model = student_from_checkpoint(source, checkpoint, dtype, config.models.student.lora)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    atomic_write_text(temporary / "README.md", _model_card(config, stages, checkpoint.step))
-    atomic_write_json(temporary / MARKER, made_from)
-    written = load_model(ModelFolder(temporary, str(folder), source.trust_remote_code), dtype)
     expected = dict(model.named_parameters())
-    for name, value in written.named_parameters():
-        if not torch.equal(value, expected[name]):
-            raise RuntimeError(f"{temporary}: {name} was not read back as written")
-    for file in temporary.iterdir():
-        fsync_file(file)
-    fsync_folder(temporary)
-    failpoint("export.before_rename")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    fsync_folder(folder.parent)
+    require_free(folder, sum(value.numel() * value.element_size() for value in expected.values()))
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        atomic_write_text(temporary / "README.md", _model_card(config, stages, checkpoint.step))
+        atomic_write_json(temporary / MARKER, made_from)
+        written = load_model(ModelFolder(temporary, str(folder), source.trust_remote_code), dtype)
+        for name, value in written.named_parameters():
+            if not torch.equal(value, expected[name]):
+                raise RuntimeError(f"{temporary}: {name} was not read back as written")
+        failpoint("export.before_rename")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 from pocl_dist.config import Config
 from pocl_dist.errors import ConfigError
-from pocl_dist.files import JSONValue, atomic_write_json
+from pocl_dist.files import JSONValue, atomic_write_json, new_folder
 from pocl_dist.models.sources import MARKER, model_digest
 from pocl_dist.pipeline.inputs import teacher_source
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
@@ -34,12 +32,9 @@ def init_student(config: Config, run: RunDirectory) -> None:
         return
     from pocl_dist.models.pruning import write_pruned_student  # torch: not before it is needed
 
-    temporary = run.root / ".tmp-init_student"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write_pruned_student(teacher, layers, temporary)
-    atomic_write_json(temporary / MARKER, made_from)
-    shutil.rmtree(run.init_student, ignore_errors=True)
-    temporary.rename(run.init_student)
+    with new_folder(run.init_student) as temporary:
+        write_pruned_student(teacher, layers, temporary)
+        atomic_write_json(temporary / MARKER, made_from)
     print(
         f"init-student: kept {len(layers)} layers of {teacher.origin} in {run.init_student}",
         flush=True,

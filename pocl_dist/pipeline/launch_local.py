@@ -16,6 +16,7 @@ from pocl_dist.files import read_json
 from pocl_dist.models.sources import MARKER
 from pocl_dist.pipeline.inputs import finished_record
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.status_file import read_status
 from pocl_dist.pipeline.stop_request import STOP_SIGNALS, waiting_request
 
 IDLE_STARTS = 3
@@ -115,19 +116,16 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
 
 def _raise_outcome(code: int, run: RunDirectory, step: str) -> None:
     """Raises what the ranks ended with; the launcher's own code is only a hint."""
-    status = read_json(run.status)
+    status = read_status(run.status)
     state, outcome, reason = status["state"], status["exit_code"], str(status["reason"])
     if state == "done" and status["phase"] == step and code == 0:
         return
     if state in ("failed", "stopped") and status["phase"] == step:
-        for kind in vars(errors).values():
-            if (
-                isinstance(kind, type)
-                and issubclass(kind, errors.PoclError)
-                and kind.exit_code == outcome
-            ):
-                raise kind(reason)
+        if isinstance(outcome, int) and (error := errors.error_of(outcome, reason)):
+            raise error
         raise RuntimeError(f"{step} failed: {reason}")
+    if error := errors.error_of(code, f"the ranks of {step} ended with exit code {code}"):
+        raise error  # on a full disk the last word could not be written
     raise errors.WorkerError(
         f"the ranks of {step} ended without a word (launcher's exit code {code})"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -78,22 +78,29 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
     return plan
 
 
+def config_keys(config: Config) -> dict[str, JSONValue]:
+    """Returns the config keys that the plan depends on."""
+    keys = select_keys(config, (*_INPUT_KEYS, "data.limit"))
+    keys["models.teacher is null"] = config.models.teacher is None
+    if config.curriculum.ordering == "shuffled":
+        keys["seed"] = config.seed
+    if needs_difficulty(config):
+        keys["curriculum.rrf_k"] = config.curriculum.rrf_k
+    return keys
+
+
+def scores_digest(scored: Iterable[DifficultyRecord | RankedExample]) -> str:
+    """Returns a digest of the scores, whatever their order."""
+    rows: list[JSONValue] = [[row.example_id, row.rouge_l, row.cross_entropy] for row in scored]
+    return digest_of(sorted(rows, key=lambda row: str(cast("list[JSONValue]", row)[0])))
+
+
 def _inputs(
     config: Config, rows: Rows, ranked: Sequence[RankedExample] | None
 ) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the plan depends on."""
-    inputs = select_keys(config, (*_INPUT_KEYS, "data.limit")) | {"data.train sha256": rows.digest}
-    inputs["models.teacher is null"] = config.models.teacher is None
-    if config.curriculum.ordering == "shuffled":
-        inputs["seed"] = config.seed
-    if ranked is not None:
-        scores: list[JSONValue] = [[e.example_id, e.rouge_l, e.cross_entropy] for e in ranked]
-        by_id = sorted(scores, key=lambda row: str(cast("list[JSONValue]", row)[0]))
-        inputs |= {
-            "curriculum.rrf_k": config.curriculum.rrf_k,
-            "difficulty sha256": digest_of(by_id),
-        }
-    return inputs
+    inputs = config_keys(config) | {"data.train sha256": rows.digest}
+    return inputs if ranked is None else inputs | {"difficulty sha256": scores_digest(ranked)}
 
 
 # --------------------------------------------------------------------------------------- the scores

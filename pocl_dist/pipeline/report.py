@@ -50,16 +50,18 @@ def _time_rows(run: RunDirectory) -> dict[str, JSONValue]:
     }
 
 
+def results(run: RunDirectory) -> dict[str, JSONValue]:
+    """Returns what the report says of training and test sets: a function of their files."""
+    evals = {path.parent.name: read_json(path) for path in sorted(run.eval.glob("*/report.json"))}
+    stages = _stage_rows(read_json_lines(run.metrics))
+    return {"stages": stages, "eval": cast("JSONValue", evals)}
+
+
 def report(config: Config, run: RunDirectory) -> None:
     """Writes `report.json` and prints it as tables."""
     if not run.metrics.exists():
         raise MissingInputError(f"{run.metrics} does not exist: run distill first")
-    evals = {path.parent.name: read_json(path) for path in sorted(run.eval.glob("*/report.json"))}
-    value: dict[str, JSONValue] = {
-        "stages": _stage_rows(read_json_lines(run.metrics)),
-        "eval": cast("JSONValue", evals),
-        "time": _time_rows(run) if run.timings.exists() else {},
-    }
+    value = results(run) | {"time": _time_rows(run) if run.timings.exists() else {}}
     atomic_write_json(run.root / "report.json", value)
     _print(value)
 

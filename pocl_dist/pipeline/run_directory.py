@@ -8,7 +8,9 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from pocl_dist.config import Config, compare_inputs, dump_config
 from pocl_dist.errors import (
@@ -20,14 +22,15 @@ from pocl_dist.errors import (
     exit_code_row,
 )
 from pocl_dist.files import (
-    MANIFEST_NAME,
-    SEAL_NAME,
     JSONValue,
+    atomic_write,
     atomic_write_json,
     atomic_write_text,
     read_json,
 )
+from pocl_dist.pipeline.manifest import MANIFEST_NAME, SEAL_NAME
 from pocl_dist.pipeline.status import TrainingStatus, scheduler_ids
+from pocl_dist.pipeline.status_file import write_status_file
 
 ATTEMPT_VARIABLE = "POCL_DIST_ATTEMPT"
 """Tells ranks that `run` or `distill` started which attempt they belong to."""
@@ -130,7 +133,7 @@ class RunDirectory:
 
         Without `training` what it said of that before stays.
         """
-        value = {
+        value: dict[str, JSONValue] = {
             "state": state,
             "exit_code": exit_code,
             "retryable": exit_code is not None and exit_code_row(exit_code).is_retryable,
@@ -143,7 +146,7 @@ class RunDirectory:
             "host": socket.gethostname(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        atomic_write_json(self.status, value)
+        write_status_file(self.status, value)
 
     def _training_status(self) -> TrainingStatus:
         # An outcome must be written also where the earlier one cannot be read.
@@ -153,8 +156,11 @@ class RunDirectory:
 
     def add_seconds(self, step: str, seconds: float) -> None:
         """Adds to the time spent on a step; a resumed step counts all its attempts."""
-        timings = dict(read_json(self.timings)) if self.timings.exists() else {}
-        timings[step] = float(timings.get(step) or 0.0) + seconds  # type: ignore[arg-type]
+        try:
+            timings = dict(read_json(self.timings)) if self.timings.exists() else {}
+            timings[step] = float(timings.get(step) or 0.0) + seconds  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise MismatchError(f"{self.timings}: is damaged: {error}") from error
         atomic_write_json(self.timings, timings)
 
 
@@ -183,11 +189,15 @@ def kept_if_refused(root: Path) -> Iterator[None]:
     its results were made with.
     """
     paths = [root / name for name in ("config.yaml", "timings.json", MANIFEST_NAME, SEAL_NAME)]
-    before = {path: path.read_text() for path in paths if path.exists()}
+    before = {path: path.read_bytes() for path in paths if path.exists()}
     try:
         yield
     except (ConfigError, DataError, MissingInputError, RefusedError, MismatchError):
-        for path, text in before.items():
-            if path.read_text() != text:
-                atomic_write_text(path, text)
+        for path, data in before.items():
+            if path.read_bytes() != data:
+                atomic_write(path, partial(_write_bytes, data), len(data))
         raise
+
+
+def _write_bytes(data: bytes, handle: IO[bytes]) -> None:
+    handle.write(data)

@@ -4,7 +4,7 @@ The lock file names its holder and is touched every `REFRESH_SECONDS`. It may be
 holder is a dead process of this machine, or when it was not touched for `LEASE_SECONDS`, both times
 read from the file server's clock, because the clocks of two hosts differ. Each holder has a higher
 attempt number than the one before; a writer that was thought dead and wakes up finds another number
-in the file and must not commit anything (`check_not_fenced`).
+in the file and cannot commit anything: `check_not_fenced` is asked before every rename.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from pocl_dist.errors import BusyError, WorkerError
-from pocl_dist.files import JSONValue, read_json
+from pocl_dist.files import JSONValue, guarded, read_json, writing
 from pocl_dist.pipeline.run_directory import ATTEMPT_VARIABLE
 
 REFRESH_SECONDS = 10.0
@@ -69,12 +70,31 @@ def _age_seconds(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _is_held(path: Path, held: Mapping[str, JSONValue]) -> bool:
-    """Returns whether a lock's holder may still be at work."""
+def _is_refreshed(path: Path) -> bool:
+    """Returns whether `path` is touched while one waits for a lease, by a clock that only runs on.
+
+    For a lock from the future: the file server's clock was set back and does not tell its age.
+    """
+    try:
+        before, ends = path.stat().st_mtime_ns, time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < ends:
+            time.sleep(REFRESH_SECONDS / 4)
+            if path.stat().st_mtime_ns != before:
+                return True
+    except FileNotFoundError:  # given back
+        pass
+    return False
+
+
+def _is_held(path: Path, held: Mapping[str, JSONValue], is_patient: bool = False) -> bool:
+    """Returns whether a lock's holder may still be at work; `is_patient`: it may take a lease."""
     pid = held.get("pid")
     if held.get("place") == _place() and isinstance(pid, int):
         return _started_at(pid) == held.get("started_at")
-    return _age_seconds(path) < LEASE_SECONDS
+    age_seconds = _age_seconds(path)
+    if is_patient and age_seconds < -REFRESH_SECONDS:
+        return _is_refreshed(path)
+    return age_seconds < LEASE_SECONDS
 
 
 def is_locked(root: Path) -> bool:
@@ -109,7 +129,7 @@ def _take(root: Path) -> int:
     while True:
         held = _holder(path)
         if held is not None:
-            if _is_held(path, held):
+            if _is_held(path, held, is_patient=True):
                 raise BusyError(
                     f"{root} is in use by process {held.get('pid')} on {held.get('host')} since "
                     f"{held.get('since')}; if that run is dead, its lock ends by itself "
@@ -129,8 +149,13 @@ def _take(root: Path) -> int:
             "place": _place(),
             "started_at": _started_at(pid),
         }
-        with os.fdopen(handle, "w") as stream:
-            json.dump(value, stream)
+        try:
+            data = json.dumps(value).encode()
+            with writing(path, len(data)), os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         return attempt
 
 
@@ -154,15 +179,17 @@ def run_lock(root: Path) -> Iterator[int]:
 
     The number also goes into the environment, for the ranks that are started below.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    path, attempt = root / "lock", _take(root)
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        path, attempt = root / "lock", _take(root)
     before = os.environ.get(ATTEMPT_VARIABLE)
     os.environ[ATTEMPT_VARIABLE] = str(attempt)
     is_over = threading.Event()
     keeper = threading.Thread(target=_keep_alive, args=(path, attempt, is_over), daemon=True)
     keeper.start()
     try:
-        yield attempt
+        with guarded(root, partial(check_not_fenced, root)):
+            yield attempt
     finally:
         is_over.set()
         keeper.join()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable
 
 from pocl_dist.config import Config
-from pocl_dist.errors import StoppedError
-from pocl_dist.files import write_manifest
+from pocl_dist.errors import PoclError, StoppedError
+from pocl_dist.pipeline.manifest import remove_leftovers, write_manifest
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 Step = Callable[[Config, RunDirectory], object]
 
 
 def run_step(name: str, step: Step, config: Config, run: RunDirectory) -> None:
-    """Runs one step with its status, its time and the manifest around it."""
+    """Runs one step with its status, its time and the manifest around it.
+
+    After a stop too: what is saved can be verified before it is resumed.
+    """
     run.write_status("running", None, name)
     started = time.monotonic()
     stopped: StoppedError | None = None
@@ -22,9 +27,19 @@ def run_step(name: str, step: Step, config: Config, run: RunDirectory) -> None:
         step(config, run)
     except StoppedError as error:
         stopped = error
-    finally:
-        if name != "report":
-            run.add_seconds(name, time.monotonic() - started)
-    write_manifest(run.root)  # after a stop too: what is saved can be verified before it is resumed
+    except BaseException:
+        with contextlib.suppress(OSError, PoclError):  # what stopped the step matters more
+            _add_seconds(name, run, started)
+        raise
+    _add_seconds(name, run, started)
+    # What was only about the living; after an error it stays, to be looked at.
+    shutil.rmtree(run.root / "control" / "ranks", ignore_errors=True)
+    remove_leftovers(run.root)
+    write_manifest(run.root)
     if stopped is not None:
         raise stopped
+
+
+def _add_seconds(name: str, run: RunDirectory, started: float) -> None:
+    if name != "report":  # it reports them
+        run.add_seconds(name, time.monotonic() - started)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pocl_dist.data.encoding import collate
 from pocl_dist.distributed.process_group import torch_dtype
 from pocl_dist.errors import ConfigError, MismatchError
+from pocl_dist.files import make_private
 from pocl_dist.models.heads import backbone_module, check_head, hidden_states, lm_head
 from pocl_dist.models.loading import load_model
 from pocl_dist.models.sources import ModelFolder, model_digest
@@ -46,6 +47,7 @@ class CacheWorker:
 
     def start(self) -> str:
         """Loads the teacher in `engine.dtype`; returns the device that takes the token ids."""
+        make_private()
         settings = self.settings
         if model_digest(settings.model) != settings.model_digest:
             raise MismatchError(
