@@ -28,7 +28,7 @@ from sides import PeakMemory, machine, run_side
 
 from pocl_dist.config import Config, load_config
 from pocl_dist.difficulty.work import WorkShard
-from pocl_dist.difficulty.worker import ModelWorker
+from pocl_dist.difficulty.worker import ModelWorker, ShardResult
 from pocl_dist.files import read_json_lines
 from pocl_dist.metrics import rouge_l
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source
@@ -149,15 +149,15 @@ class TimedWorker(ModelWorker):
         self._rss_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return device
 
-    def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
+    def measure(self, shard: WorkShard) -> ShardResult[DifficultyRecord]:
         """Measures the shard and adds a line to the notes."""
         started = time.monotonic()  # of one clock in all processes
-        records = super().measure(shard)
+        result = super().measure(shard)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._rss_before
         note = {"pid": os.getpid(), "started": started, "ended": time.monotonic(), "bytes": peak}
         with self.notes.open("a") as handle:
             handle.write(json.dumps(note) + "\n")
-        return records
+        return result
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, object]:

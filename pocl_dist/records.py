@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Self
 
@@ -79,6 +80,15 @@ class Batch:
         """Returns the number of valid labels."""
         return int((self.labels_BT != IGNORE_INDEX).sum())
 
+    def only(self, rows: Sequence[int]) -> Batch:
+        """Returns these rows of an unpacked batch, padded as they are."""
+        picked, mask_BT = list(rows), self.attention_mask_BT[list(rows)]
+        ids = tuple(self.example_ids[row] for row in picked) if self.example_ids else ()
+        num_tokens = int(mask_BT.sum())
+        return Batch(
+            self.input_ids_BT[picked], mask_BT, self.labels_BT[picked], num_tokens, ids, None
+        )
+
     def to(self, device: torch.device) -> Batch:
         """Returns the batch with its tensors on `device`."""
         return Batch(
@@ -89,6 +99,15 @@ class Batch:
             self.example_ids,
             None if self.position_ids_BT is None else self.position_ids_BT.to(device),
         )
+
+
+@dataclass(frozen=True)
+class RowFailure(JSONRecord):
+    """A row that a pass cannot work on, and why."""
+
+    example_id: str
+    cause: str  # "memory", "exception", "lost" (its actors died) or "not finite"
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pocl_dist.pipeline.cache import cache
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import EncodedExample
-from pocl_dist.teacher.cache_files import CacheEntry, read_index, read_shards, tensor_file
+from pocl_dist.teacher.cache_files import read_index, read_shards, tensor_file
 from pocl_dist.teacher.cache_work import CacheShard
-from pocl_dist.teacher.cache_worker import CacheWorker
+from pocl_dist.teacher.cache_worker import CacheResult, CacheWorker
 from tests.ranks import run_ranks
 from tests.tiny import write_config
 
@@ -102,7 +102,7 @@ def direct_logits(teacher: Path, example: EncodedExample, num_tokens: int) -> to
 class DiesOnce(CacheWorker):
     """A worker whose process ends once, between a shard's tensors and the JSON beside them."""
 
-    def cache(self, shard: CacheShard) -> CacheEntry:
+    def cache(self, shard: CacheShard) -> CacheResult:
         """Dies, or does what a worker does."""
         marker = self.settings.content.folder.parent / "died"
         entry = super().cache(shard)
@@ -116,7 +116,7 @@ class DiesOnce(CacheWorker):
 class AsksToStop(CacheWorker):
     """A worker that touches the stop file once the first shard is written."""
 
-    def cache(self, shard: CacheShard) -> CacheEntry:
+    def cache(self, shard: CacheShard) -> CacheResult:
         """Does what a worker does, and asks."""
         entry = super().cache(shard)
         if shard.index == 0:
@@ -124,6 +124,31 @@ class AsksToStop(CacheWorker):
             stop.parent.mkdir(exist_ok=True)
             stop.touch()
         return entry
+
+
+class Troubled(CacheWorker):
+    """A teacher with memory for one row at a time, that fails on rows of certain ids."""
+
+    failing: frozenset[str] = frozenset()  # the test sets it
+
+    def cache(self, shard: CacheShard) -> CacheResult:
+        """Does what a worker does, with less memory."""
+        from pocl_dist.teacher import cache_worker
+
+        row_hiddens = cache_worker.row_hiddens
+
+        def troubled(model, batch, rows):  # type: ignore[no-untyped-def]
+            if {batch.example_ids[row] for row in rows} & self.failing:
+                raise IndexError("index out of range in self")
+            if len(rows) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return row_hiddens(model, batch, rows)
+
+        cache_worker.row_hiddens = troubled  # of this actor's process alone
+        try:
+            return super().cache(shard)
+        finally:
+            cache_worker.row_hiddens = row_hiddens
 
 
 class NotesItsGPUs(CacheWorker):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from pocl_dist.config import Config, RayConfig, load_config
-from pocl_dist.difficulty.work import WorkShard
-from pocl_dist.difficulty.worker import ModelWorker
+from pocl_dist.difficulty.work import WorkBatch, WorkShard
+from pocl_dist.difficulty.worker import ModelWorker, ShardResult
 from pocl_dist.distributed.ray_session import ray_session
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord
@@ -59,9 +62,68 @@ class DiesOnce(ModelWorker):
 
     marker = Path()  # where it notes that it has died; the test sets it
 
-    def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
+    def measure(self, shard: WorkShard) -> ShardResult[DifficultyRecord]:
         """Dies, or does what a worker does."""
         if shard.batches[0].index == 0 and not self.marker.exists():
             self.marker.touch()
             os._exit(9)
         return super().measure(shard)
+
+
+class Troubled(ModelWorker):
+    """A worker with memory for `max_rows` rows, that fails and dies on the rows of certain ids.
+
+    The test sets the attributes.
+    """
+
+    max_rows = 1000
+    failing: frozenset[str] = frozenset()
+    deadly: frozenset[str] = frozenset()
+
+    def _answers(self, batch: WorkBatch, rows: Sequence[int], pass_seed: int) -> list[str]:
+        self._meet(batch, rows)
+        return super()._answers(batch, rows, pass_seed)
+
+    def _measure_rows(self, batch: WorkBatch, rows: Sequence[int]) -> list[DifficultyRecord]:
+        self._meet(batch, rows)
+        return super()._measure_rows(batch, rows)
+
+    def _meet(self, batch: WorkBatch, rows: Sequence[int]) -> None:
+        ids = {batch.examples[row].example_id for row in rows}
+        if ids & self.deadly:
+            os._exit(9)
+        if ids & self.failing:
+            raise IndexError("index out of range in self")
+        if len(rows) > self.max_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+
+class WaitsOnItsNode(ModelWorker):
+    """A worker that notes its node and waits, in its first shard, until the test lets it go on."""
+
+    folder = Path()  # the test sets it
+
+    def measure(self, shard: WorkShard) -> ShardResult[DifficultyRecord]:
+        """Waits, then does what a worker does."""
+        import ray
+
+        (self.folder / f"node-{ray.get_runtime_context().get_node_id()}").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.05)
+        return super().measure(shard)
+
+
+class KillsItself(ModelWorker):
+    """A worker that is killed in the middle of its first shard, `num_kills` times in all."""
+
+    folder = Path()  # the test sets it
+    num_kills = 0
+
+    def _measure_rows(self, batch: WorkBatch, rows: Sequence[int]) -> list[DifficultyRecord]:
+        for number in range(self.num_kills):
+            try:
+                (self.folder / f"kill-{number}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._measure_rows(batch, rows)

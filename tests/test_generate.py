@@ -22,6 +22,8 @@ from pocl_dist.pipeline.generated_files import row_of, write_data_set
 from pocl_dist.pipeline.inputs import make_encoder, read_prompts, read_train
 from pocl_dist.pipeline.run import steps_of
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.records import RowFailure
+from pocl_dist.shard_files import seal_of
 from tests.fixtures_models import make_run, write_varied_rows
 from tests.fixtures_models import ray_of_module as ray_of_module
 from tests.tiny import make_tokenizer
@@ -200,6 +202,7 @@ def test_an_interrupted_sampled_pass_ends_with_the_same_bytes(
     kept = sorted(run.generated.glob("shard-*.json"))
     assert len(kept) == 3
     shutil.copy(kept[1], other.generated)
+    shutil.copy(seal_of(kept[1]), other.generated)
     generate(config, other)
     assert output.read_bytes() == (run.generated / "train.jsonl").read_bytes()
     greedy = read_json_lines(output)
@@ -215,15 +218,20 @@ def test_empty_answers_are_counted_and_listed_and_too_many_end_the_step(
         e.example_id: "\0" if i == 2 else "  " * (i == 5) or "x" for i, e in enumerate(examples)
     }
     answers[examples[5].example_id] = " "
-    unusable = write_data_set(config, run, examples, answers, {})
+    unusable = write_data_set(config, run, examples, answers, {}, {})
     assert unusable == read_json_lines(run.generated / "unusable.jsonl")
     assert [row["example_id"] for row in unusable] == ["row-002", "row-005"]
     assert "NUL" in unusable[0]["reason"] and "empty" in unusable[1]["reason"]
     written = [row["id"] for row in read_json_lines(run.generated / "train.jsonl")]
     assert written == [e.example_id for i, e in enumerate(examples) if i not in (2, 5)]
+    failed = {"row-007": RowFailure("row-007", "lost", "its actor died")}
+    unusable = write_data_set(config, run, examples, answers, {}, failed, num_halved=3)
+    assert unusable[2] == {"example_id": "row-007", "reason": "its actor died"}
+    provenance = read_json(run.generated / "train.provenance.json")
+    assert (provenance["num_rows"], provenance["num_halved_batches"]) == (21, 3)
     strict = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_rows": 1})})
     with pytest.raises(DataError, match=r"2 of 24 answers.*max_bad_rows is 1"):
-        write_data_set(strict, run, examples, answers, {})
+        write_data_set(strict, run, examples, answers, {}, {})
 
 
 def test_what_cannot_work_is_refused_before_anything_starts(

@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files"),
     ("guards",),
     ("config", "records"),
-    ("data", "models", "losses", "distributed", "metrics", "run_log", "trackers"),
+    ("data", "models", "losses", "distributed", "metrics", "run_log", "trackers", "shard_files"),
     ("difficulty", "curriculum", "teacher", "on_policy"),
     ("pipeline", "cluster"),
     ("cli",),

@@ -192,8 +192,11 @@ def test_the_stop_file_ends_the_pass(tiny_pair: Pair, tmp_path: Path, ray_of_mod
     assert not list(run.difficulty.glob("shard-*"))
 
 
-def test_an_interrupted_pass_goes_on_with_what_is_missing(
-    measured: tuple[Config, RunDirectory], tiny_pair: Pair, tmp_path: Path
+def test_an_interrupted_pass_goes_on_with_what_is_missing_or_damaged(
+    measured: tuple[Config, RunDirectory],
+    tiny_pair: Pair,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One of two shards is there, by two actors; one makes the rest, in shards of another size."""
     teacher, student, _ = tiny_pair
@@ -202,17 +205,20 @@ def test_an_interrupted_pass_goes_on_with_what_is_missing(
         tmp_path, student, train, teacher, ray={"num_actors": 1, "shard_size": 9}
     )
     shutil.copytree(measured[1].difficulty, run.difficulty)
-    for name in ("shard-00000.parquet", "shard-00001.parquet", "summary.json"):
-        (run.difficulty / name).unlink()
+    (run.difficulty / "summary.json").unlink()
+    (run.difficulty / "shard-00000.parquet.seal").unlink()  # the writer was killed before it
+    damaged = run.difficulty / "shard-00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     kept = (run.difficulty / "shard-00002.parquet").stat().st_mtime_ns
     measure(config, run)
     assert (run.difficulty / "shard-00002.parquet").stat().st_mtime_ns == kept
-    assert sorted(path.name for path in run.difficulty.glob("shard-*")) == [
+    assert sorted(path.name for path in run.difficulty.glob("shard-*.parquet")) == [
         "shard-00000.parquet",  # of two batches
         "shard-00002.parquet",
     ]
     assert records_of(run) == records_of(measured[1])  # floats to the bit
     assert (run.difficulty / "summary.json").exists()
+    assert f"{damaged}: " in (warning := capsys.readouterr().err) and "computed again" in warning
 
 
 def test_one_actor_that_is_killed_gives_the_same_scores_as_two(
@@ -251,7 +257,9 @@ def test_rows_without_a_finite_score_are_quarantined(
     measure(config, run)
     reasons = read_quarantine(run.difficulty)
     summary = json.loads((run.difficulty / "summary.json").read_text())
-    assert 0 < len(reasons) < 24 and set(reasons.values()) == {"cross_entropy is nan"}
+    assert 0 < len(reasons) < 24 and {row.reason for row in reasons.values()} == {
+        "cross_entropy is nan"
+    }
     assert summary["num_quarantined"] == len(reasons) == 24 - summary["num_examples"]
     assert f"{len(reasons)} rows have no finite score" in capsys.readouterr().err
     ranking = make_plan(config, run).ranking

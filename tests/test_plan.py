@@ -19,11 +19,13 @@ from pocl_dist.difficulty.fusion import fuse
 from pocl_dist.errors import DataError, MismatchError, MissingInputError, RefusedError
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of
 from pocl_dist.pipeline import plan as step
-from pocl_dist.pipeline.difficulty_files import add_to_quarantine, config_inputs, write_records
+from pocl_dist.pipeline.difficulty_files import config_inputs, not_finite, write_difficulty
 from pocl_dist.pipeline.inputs import read_train
 from pocl_dist.pipeline.plan import make_plan, needs_difficulty, read_plan
+from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord
+from pocl_dist.shard_files import write_shard
 from tests.fixtures_models import make_run
 from tests.tiny import write_rows
 
@@ -48,8 +50,8 @@ def planned_run(
         inputs = config_inputs(config, read_train(config)) | {"models.student model sha256": "0"}
         atomic_write_json(run.difficulty / "inputs.json", inputs)
         half = len(records) // 2
-        write_records(run.difficulty / "shard-00000.parquet", DifficultyRecord, records[:half])
-        write_records(run.difficulty / "shard-00004.parquet", DifficultyRecord, records[half:])
+        write_difficulty(run.difficulty, "shard-00000", records[:half], 0)
+        write_difficulty(run.difficulty, "shard-00004", records[half:], 0)
     return config, run
 
 
@@ -147,17 +149,24 @@ def test_scores_without_rows_are_counted_and_named(tmp_path: Path) -> None:
 
 def test_a_score_that_stands_twice_is_refused(tmp_path: Path) -> None:
     config, run = planned_run(tmp_path, scores())
-    write_records(run.difficulty / "shard-00009.parquet", DifficultyRecord, scores()[:1])
+    write_difficulty(run.difficulty, "shard-00009", scores()[:1], 0)
     with pytest.raises(
         DataError, match=r"shard-00009\.parquet: row 'row-000' is in another shard too"
     ):
         make_plan(config, run)
 
 
-def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     config, run = planned_run(tmp_path, scores())
-    (run.difficulty / "shard-00009.parquet").write_bytes(b"torn")
-    with pytest.raises(DataError, match=r"shard-00009\.parquet"):
+    (run.difficulty / "shard-00004.parquet").write_bytes(b"torn")
+    with pytest.raises(MismatchError, match=r"shard-00004\.parquet: 4 bytes, expected .*measure"):
+        make_plan(config, run)
+
+
+def test_a_sealed_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+    config, run = planned_run(tmp_path, scores())
+    write_shard(run.difficulty / "shard-00009.parquet", b"torn")
+    with pytest.raises(DataError, match=r"shard-00009\.parquet: no difficulty scores"):
         make_plan(config, run)
 
 
@@ -166,7 +175,8 @@ def test_quarantined_rows_are_left_out_and_said_so(
 ) -> None:
     records = scores()
     config, run = planned_run(tmp_path, records[1:])
-    add_to_quarantine(run.difficulty, [replace(records[0], cross_entropy=float("nan"))])
+    bad = not_finite(replace(records[0], cross_entropy=float("nan")))
+    Quarantine(run.difficulty / "quarantine.jsonl", 1).add([bad])
     plan = make_plan(config, run)
     assert "row-000" not in plan.ranking
     assert plan.stages[-1].num_examples == NUM_ROWS - 1

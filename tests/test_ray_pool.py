@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,13 +29,29 @@ from pocl_dist.errors import (
     UnavailableError,
     WorkerError,
 )
+from pocl_dist.files import atomic_write_text, explain_storage_error
 from tests.listening import listeners
 
 CONFIG = RayConfig(num_actors=2, start_timeout_seconds=60.0)
 
 
+@dataclass(frozen=True)
+class Words:
+    """A shard of words; some are orders to fail."""
+
+    words: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.words)
+
+    def halves(self) -> list[Words]:
+        middle = len(self.words) // 2
+        return [Words(self.words[:middle]), Words(self.words[middle:])] if middle else []
+
+
 class Doubler:
-    """Doubles numbers; some shards are orders to fail."""
+    """Doubles words."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,15 +59,22 @@ class Doubler:
     def start(self) -> None:
         """Has nothing to load."""
 
-    def work(self, shard: object) -> object:
-        """Returns twice the shard, or does what it says."""
+    def work(self, shard: Words) -> list[str]:
+        """Returns each word twice, or does what it says."""
         marker = self.folder / "died"
-        if shard == "die" or (shard == "die once" and not marker.exists()):
+        if "die" in shard.words or ("die once" in shard.words and not marker.exists()):
             marker.touch()
             os._exit(9)
-        if shard == "bad row":
+        if "bad row" in shard.words:
             raise DataError("train.jsonl:3: is bad")
-        return shard * 2  # type: ignore[operator]
+        if "full disk" in shard.words:
+            os.environ["POCL_FAILPOINT"] = "atomic_write.before_rename=enospc"
+            atomic_write_text(self.folder / "full", "text")
+        return [2 * word for word in shard.words]
+
+
+def one(word: str) -> Words:
+    return Words((word,))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +88,8 @@ def test_every_shard_is_done_once(
     ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
 ) -> None:
     with ray_pool(tmp_path) as pool:
-        results = list(pool.map("work", {f"shard {number}": number for number in range(6)}))
-    assert sorted(results) == [(f"shard {number}", 2 * number) for number in range(6)]
+        results = list(pool.map("work", {f"shard {n}": one(f"{n}") for n in range(6)}))
+    assert sorted(results) == [(f"shard {n}", [[f"{n}{n}"]]) for n in range(6)]
 
 
 def test_a_lost_shard_is_done_again(
@@ -72,8 +97,9 @@ def test_a_lost_shard_is_done_again(
 ) -> None:
     notes: list[str] = []
     with ray_pool(tmp_path, note=notes.append) as pool:
-        results = dict(pool.map("work", {"a": 1, "b": "die once", "c": 3}))
-    assert results == {"a": 2, "b": "die oncedie once", "c": 6}
+        shards = {"a": one("1"), "b": one("die once"), "c": one("3")}
+        results = dict(pool.map("work", shards))
+    assert results == {"a": [["11"]], "b": [["die oncedie once"]], "c": [["33"]]}
     assert len(notes) == 1 and notes[0].startswith("b: its actor died, attempt 1 of 3")
 
 
@@ -84,15 +110,38 @@ def test_a_shard_that_kills_its_actor_each_time_is_named(
         ray_pool(tmp_path) as pool,
         pytest.raises(WorkerError, match=r"^b: its actor died, attempt 3 of 3"),
     ):
-        list(pool.map("work", {"a": 1, "b": "die"}))
+        list(pool.map("work", {"a": one("1"), "b": one("die")}))
+
+
+def test_the_row_that_kills_is_found_and_the_others_of_its_shard_are_done(
+    ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
+) -> None:
+    given_up: list[tuple[str, Words, str]] = []
+    notes: list[str] = []
+    shards = {"a": Words(("1", "2", "die", "3")), "b": one("4")}
+    with ray_pool(tmp_path, note=notes.append) as pool:
+        results = dict(pool.map("work", shards, give_up=lambda *row: given_up.append(row)))
+    assert results == {"a": [["11", "22"], ["33"]], "b": [["44"]]}
+    assert [row[:2] for row in given_up] == [("a", one("die"))]
+    assert "its actor died, attempt 2 of 2" in given_up[0][2]
+    assert len(notes) == 3 + 1 + 1  # the shard's, its second half's, the row's first
 
 
 def test_an_error_of_ours_keeps_class_and_message(
     ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
 ) -> None:
     with ray_pool(tmp_path) as pool, pytest.raises(DataError) as caught:
-        list(pool.map("work", {"a": "bad row"}))
+        list(pool.map("work", {"a": one("bad row")}))
     assert (type(caught.value), str(caught.value)) == (DataError, "train.jsonl:3: is bad")
+
+
+def test_a_full_disk_in_an_actor_arrives_with_its_path(
+    ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
+) -> None:
+    with ray_pool(tmp_path) as pool, pytest.raises(OSError) as caught:
+        list(pool.map("work", {"a": one("full disk")}))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "full"))
+    assert str(explain_storage_error(caught.value)).startswith("disk full while writing")
 
 
 def test_what_poll_raises_ends_the_pass(
@@ -102,7 +151,7 @@ def test_what_poll_raises_ends_the_pass(
         raise StoppedError("stop")
 
     with ray_pool(tmp_path) as pool, pytest.raises(StoppedError):
-        list(pool.map("work", {"a": 1}, stop))
+        list(pool.map("work", {"a": one("1")}, stop))
 
 
 def test_actors_that_find_no_place_in_time_are_unavailable(
@@ -113,7 +162,7 @@ def test_actors_that_find_no_place_in_time_are_unavailable(
         ray_pool(tmp_path, config) as pool,
         pytest.raises(UnavailableError, match=r"64 CPUs, 0 GPUs\) within 1 s"),
     ):
-        list(pool.map("work", {"a": 1}))
+        list(pool.map("work", {"a": one("1")}))
 
 
 @pytest.mark.usefixtures("ray_pool")

@@ -18,19 +18,22 @@ from pocl_dist.distributed import ray_session as session
 from pocl_dist.distributed.ray_pool import actor_shape
 from pocl_dist.errors import (
     ConfigError,
+    DataError,
     MismatchError,
     MissingInputError,
     StoppedError,
     StorageError,
 )
+from pocl_dist.files import read_json
 from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline import cache as cache_step
+from pocl_dist.pipeline import cache_actors
 from pocl_dist.pipeline.cache import cache, missing_shards, prepare, remove_damage
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import EncodedExample, LMHead, TeacherTopK
-from pocl_dist.teacher import cache_worker
 from pocl_dist.teacher.cache import read_head
+from pocl_dist.teacher.cache_files import read_shards
 from pocl_dist.teacher.cache_work import make_cache_shards
 from pocl_dist.teacher.cache_worker import check_placed
 from pocl_dist.teacher.top_k import cut_to_top_k, spread_logprobs
@@ -86,7 +89,7 @@ def top_k(
     teacher = {**TOP_K, "devices_per_actor": 2}
     path = write_cache_config(tmp_path_factory.mktemp("top_k"), tiny_pair, teacher=teacher)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_worker, "CacheWorker", caching.NotesItsGPUs)
+        patch.setattr(cache_actors, "CacheWorker", caching.NotesItsGPUs)
         return path, cached(path)
 
 
@@ -217,13 +220,13 @@ def test_a_stopped_pass_goes_on_and_an_actor_that_is_killed_changes_nothing(
 ) -> None:
     path = write_cache_config(tmp_path, tiny_pair, ray={"num_actors": 1})
     config, run = planned(path)
-    monkeypatch.setattr(cache_worker, "CacheWorker", caching.AsksToStop)
+    monkeypatch.setattr(cache_actors, "CacheWorker", caching.AsksToStop)
     with pytest.raises(StoppedError, match="the same command goes on"):
         cache(config, run)
     run.stop_file.unlink()
     finished = {file: file.stat().st_mtime_ns for file in run.teacher_cache.glob("shard-*.json")}
     assert 0 < len(finished) < 6 and not (run.teacher_cache / "summary.json").exists()
-    monkeypatch.setattr(cache_worker, "CacheWorker", caching.DiesOnce)
+    monkeypatch.setattr(cache_actors, "CacheWorker", caching.DiesOnce)
     cached(path)
     assert (run.root / "died").exists()
     assert "its actor died, attempt 1 of 3; trying again" in capsys.readouterr().out
@@ -414,3 +417,45 @@ def test_what_a_killed_writer_left_is_removed(
     cached(path, f"run_dir={run.root}")
     assert not half.exists() and not stray.exists()
     assert_same_content(whole, run)
+
+
+def test_a_teacher_without_memory_caches_the_same_and_a_row_that_fails_stops_the_run(
+    hidden: tuple[Path, RunDirectory],
+    tiny_pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_cache_config(tmp_path, tiny_pair, ray={"num_actors": 1})
+    config, run = planned(path)
+    monkeypatch.setattr(cache_actors, "CacheWorker", caching.Troubled)
+    monkeypatch.setattr(caching.Troubled, "failing", frozenset({"row-005"}))
+    with pytest.raises(DataError, match=r"could not answer 1 rows .*'row-005'\): IndexError") as e:
+        cache(config, run)
+    assert "teacher.source: online" in str(e.value)
+    assert not (run.teacher_cache / "summary.json").exists()
+    found, expected = content(run), content(hidden[1])
+    del expected["row-005"]
+    assert found.keys() == expected.keys()
+    for example_id, tensors in found.items():
+        torch.testing.assert_close(tensors, expected[example_id], rtol=2e-5, atol=2e-5)
+    assert sum(entry.num_halved for entry in read_shards(run.teacher_cache)) == 12
+
+
+@pytest.mark.slow
+def test_a_row_that_failed_is_tried_again_and_the_shard_without_it_is_gone(
+    hidden: tuple[Path, RunDirectory],
+    tiny_pair: Pair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_cache_config(tmp_path, tiny_pair, ray={"num_actors": 1})
+    config, run = planned(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_actors, "CacheWorker", caching.Troubled)
+        patch.setattr(caching.Troubled, "failing", frozenset({"row-005"}))
+        with pytest.raises(DataError):
+            cache(config, run)
+    cache(config, run)
+    assert_same_content(hidden[1], run, is_exact=False)
+    assert not (run.teacher_cache / "quarantine.jsonl").exists()
+    assert read_json(run.teacher_cache / "summary.json")["num_examples"] == 24

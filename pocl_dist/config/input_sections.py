@@ -88,4 +88,5 @@ class DataConfig(Section):
     on_bad_row: Literal["fail", "quarantine"] = "fail"
     """`fail` stops with exit code 65; `quarantine` lists bad rows in a file and goes on."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 100
-    """With `quarantine`: more bad rows than this in one file stop the run all the same."""
+    """With `quarantine`: more bad rows than this in one file stop the run all the same. Also the
+    most rows of measure, generate, evaluate or cache that may fail or have no finite score."""

@@ -15,7 +15,8 @@ class GenerationConfig(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Prompts per call. Part of the result's identity: another padding is another rounding."""
+    """Prompts per call. Part of the result's identity: another padding is another rounding. A batch
+    that does not fit into memory is halved, padded as the whole, counted and reported."""
 
 
 class MeasureConfig(Section):

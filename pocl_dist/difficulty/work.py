@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from pocl_dist.distributed.shard_queue import halves_of
 from pocl_dist.records import EncodedExample
 
 
@@ -21,6 +22,21 @@ class WorkBatch:
     examples: tuple[EncodedExample, ...]
     references: tuple[tuple[str, ...], ...]  # beside the examples
     answers: tuple[str, ...] | None = None  # of a server; None: the worker's model answers
+    part: tuple[int, ...] | None = None  # the rows that are asked for; None: all
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Returns the rows that are asked for; the others only decide the padding."""
+        return range(len(self.examples)) if self.part is None else self.part
+
+    def only(self, rows: Sequence[int]) -> WorkBatch:
+        """Returns the batch with these rows asked for."""
+        return replace(self, part=tuple(rows))
+
+    @property
+    def asked_ids(self) -> list[str]:
+        """Returns the ids of the rows that are asked for."""
+        return [self.examples[row].example_id for row in self.rows]
 
     def seed(self, pass_seed: int) -> int:
         """Returns the batch's own seed, so that no two batches of a pass draw the same numbers."""
@@ -37,7 +53,16 @@ class WorkShard:
     @property
     def num_rows(self) -> int:
         """Returns the rows of all its batches."""
-        return sum(len(batch.examples) for batch in self.batches)
+        return sum(len(batch.rows) for batch in self.batches)
+
+    @property
+    def asked_ids(self) -> list[str]:
+        """Returns the ids of the rows that are asked for."""
+        return [name for batch in self.batches for name in batch.asked_ids]
+
+    def halves(self) -> list[WorkShard]:
+        """Returns the shard in two parts, none when one row is asked for."""
+        return [replace(self, batches=part) for part in halves_of(self.batches)]
 
     @property
     def name(self) -> str:
@@ -68,9 +93,20 @@ def make_batches(
     )
 
 
-def open_batches(batches: Iterable[WorkBatch], done: Set[str]) -> list[WorkBatch]:
-    """Returns the batches with a row that is not done, whole: a part would come out otherwise."""
-    return [batch for batch in batches if any(row.example_id not in done for row in batch.examples)]
+def open_batches(
+    batches: Iterable[WorkBatch], done: Set[str], left_out: Set[str] = frozenset()
+) -> list[WorkBatch]:
+    """Returns the batches with a row that is not done, whole: a part would come out otherwise.
+
+    Only rows of `left_out`, which cannot be worked on, are not asked for.
+    """
+    found = []
+    for batch in batches:
+        ids = [row.example_id for row in batch.examples]
+        if not all(name in done or name in left_out for name in ids):
+            rows = [row for row, name in enumerate(ids) if name not in left_out]
+            found.append(batch if len(rows) == len(ids) else batch.only(rows))
+    return found
 
 
 def make_shards(batches: Sequence[WorkBatch], shard_size: int) -> tuple[WorkShard, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,13 +15,14 @@ from pocl_dist.data.encoding import collate, pad_id_of
 from pocl_dist.difficulty.signals import SIGNALS, AnsweredBatch
 from pocl_dist.difficulty.work import WorkBatch, WorkShard
 from pocl_dist.distributed.process_group import torch_dtype
-from pocl_dist.errors import ConfigError, MismatchError
+from pocl_dist.distributed.row_isolation import work_by_halves
+from pocl_dist.errors import MismatchError
 from pocl_dist.files import make_private
 from pocl_dist.models.generation import Sampling, generate_answers, mean_cross_entropies
 from pocl_dist.models.greedy import AnsweredRow, answer_and_score
 from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.sources import ModelFolder, model_digest
-from pocl_dist.records import DifficultyRecord
+from pocl_dist.records import DifficultyRecord, RowFailure
 
 T = TypeVar("T")
 
@@ -38,10 +39,12 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The answers of one shard, by example id."""
+class ShardResult(Generic[T]):
+    """What came of a shard, or of a part of one."""
 
-    text_of_id: dict[str, str]
+    value_of_id: dict[str, T]  # of all rows asked for but those that failed
+    failures: tuple[RowFailure, ...]
+    num_halved: int  # batches that did not fit into memory whole
 
 
 class ModelWorker:
@@ -78,42 +81,46 @@ class ModelWorker:
                 "are not those that the driver found there"
             )
 
-    def answer(self, shard: WorkShard) -> Answers:
+    def answer(self, shard: WorkShard) -> ShardResult[str]:
         """Returns the model's answer to every row of the shard."""
-        texts: dict[str, str] = {}
-        for batch in shard.batches:
-            sampling = replace(self.settings.sampling, seed=batch.seed(shard.seed))
-            answers = self._within_memory(partial(self._answers, sampling=sampling), batch)
-            texts |= {
-                row.example_id: text for row, text in zip(batch.examples, answers, strict=True)
-            }
-        return Answers(texts)
+        return self._work(partial(self._answers, pass_seed=shard.seed), shard)
 
-    def measure(self, shard: WorkShard) -> list[DifficultyRecord]:
+    def measure(self, shard: WorkShard) -> ShardResult[DifficultyRecord]:
         """Returns the difficulty of every row of the shard; a signal may be non-finite here."""
-        records = []
+        return self._work(self._measure_rows, shard)
+
+    def _work(
+        self, work: Callable[[WorkBatch, Sequence[int]], list[T]], shard: WorkShard
+    ) -> ShardResult[T]:
+        values: dict[str, T] = {}
+        failures: list[RowFailure] = []
+        num_halved = 0
         for batch in shard.batches:
-            records += self._within_memory(self._measure_batch, batch)
-        return records
+            ids = [example.example_id for example in batch.examples]
+            found = work_by_halves(partial(work, batch), batch.rows, ids)
+            values |= {ids[row]: value for row, value in found.result_of_row.items()}
+            failures += found.failures
+            num_halved += found.is_halved
+        return ShardResult(values, tuple(failures), num_halved)
 
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         assert self._model is not None and self._tokenizer is not None, "start() comes first"
         return self._model, self._tokenizer
 
-    def _answers(self, batch: WorkBatch, sampling: Sampling) -> list[str]:
+    def _answers(self, batch: WorkBatch, rows: Sequence[int], pass_seed: int) -> list[str]:
         model, tokenizer = self._loaded()
-        return generate_answers(
-            model, tokenizer, [row.prompt_ids for row in batch.examples], sampling
-        )
+        sampling = replace(self.settings.sampling, seed=batch.seed(pass_seed))
+        prompts = [row.prompt_ids for row in batch.examples]
+        return generate_answers(model, tokenizer, prompts, sampling, rows)
 
-    def _measure_batch(self, batch: WorkBatch) -> list[DifficultyRecord]:
+    def _measure_rows(self, batch: WorkBatch, rows: Sequence[int]) -> list[DifficultyRecord]:
         model, tokenizer = self._loaded()
-        rows = self._answered_rows(batch)
-        answers = [row.answer for row in rows]
-        cross_entropies = [row.cross_entropy for row in rows]
-        answered = AnsweredBatch(
-            model, tokenizer, batch.examples, batch.references, answers, cross_entropies
-        )
+        found = self._answered_rows(batch, rows)
+        examples = [batch.examples[row] for row in rows]
+        answers = [row.answer for row in found]
+        cross_entropies = [row.cross_entropy for row in found]
+        references = [batch.references[row] for row in rows]
+        answered = AnsweredBatch(model, tokenizer, examples, references, answers, cross_entropies)
         columns = {name: signal.compute(answered) for name, signal in SIGNALS.items()}
         return [
             DifficultyRecord(
@@ -122,26 +129,15 @@ class ModelWorker:
                 answer=answers[index],
                 **{name: values[index] for name, values in columns.items()},
             )
-            for index, example in enumerate(batch.examples)
+            for index, example in enumerate(examples)
         ]
 
-    def _answered_rows(self, batch: WorkBatch) -> list[AnsweredRow]:
+    def _answered_rows(self, batch: WorkBatch, rows: Sequence[int]) -> list[AnsweredRow]:
         model, tokenizer = self._loaded()
         inputs = collate(batch.examples, pad_id_of(tokenizer))
         if batch.answers is None:
             max_new_tokens = self.settings.sampling.max_new_tokens
-            return answer_and_score(model, tokenizer, batch.examples, inputs, max_new_tokens)
-        cross_entropies = mean_cross_entropies(model, inputs, len(tokenizer))
-        return [AnsweredRow(*pair) for pair in zip(batch.answers, cross_entropies, strict=True)]
-
-    def _within_memory(self, work: Callable[[WorkBatch], list[T]], batch: WorkBatch) -> list[T]:
-        try:
-            return work(batch)
-        except torch.OutOfMemoryError as error:
-            # Not halved silently: another padding rounds differently, and the result
-            # would depend on the GPU.
-            raise ConfigError(
-                f"generation.batch_size: {len(batch.examples)} rows of up to "
-                f"{max(len(example.token_ids) for example in batch.examples)} tokens "
-                "do not fit into the device's memory; lower it"
-            ) from error
+            return answer_and_score(model, tokenizer, batch.examples, inputs, max_new_tokens, rows)
+        cross_entropies = mean_cross_entropies(model, inputs.only(rows), len(tokenizer))
+        answers = [batch.answers[row] for row in rows]
+        return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]

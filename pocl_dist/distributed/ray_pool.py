@@ -1,27 +1,25 @@
 """Maps shards of work over Ray actors; a lost actor is replaced and its shard done again.
 
-The driver keeps the queue and holds the results: nothing is left to the object store, and Ray's own
-retries are off, because they would repeat a shard that kills its actor for ever.
+A row that kills its actor each time is found and given up (`shard_queue.py`). The driver keeps the
+queue and holds the results: nothing is left to the object store, and Ray's own retries are off,
+because they would repeat a shard that kills its actor for ever.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, cast
 
 from pocl_dist.config import RayConfig
+from pocl_dist.distributed.shard_queue import MAX_ATTEMPTS, Piece, ShardQueue, ShardT
 from pocl_dist.errors import ConfigError, PoclError, UnavailableError, WorkerError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorClass, ActorHandle
 
-ShardT = TypeVar("ShardT")
-
-MAX_ATTEMPTS = 3
 # How long one wait for the actors lasts; between two of them Python sees signals.
 POLL_SECONDS = 1.0
 
@@ -36,11 +34,11 @@ class ActorShape:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What an actor is doing: being placed, loading, or working on the shard of that name."""
+class _Call(Generic[ShardT]):
+    """What an actor is doing: being placed, loading, or working on a piece of a shard."""
 
     actor: ActorHandle
-    shard_name: str | None
+    piece: Piece[ShardT] | None
     is_placing: bool = False
 
 
@@ -107,7 +105,8 @@ class ActorPool(Generic[ShardT]):
         self._worker = worker
         self._settings = settings
         self._note = note
-        self._calls: dict[ObjectRef[object], _Call] = {}
+        self._calls: dict[ObjectRef[object], _Call[ShardT]] = {}
+        self._num_lost_starts = 0
 
     def __enter__(self) -> ActorPool[ShardT]:
         return self
@@ -124,23 +123,27 @@ class ActorPool(Generic[ShardT]):
         self._calls.clear()
 
     def map(
-        self, method: str, shards: Mapping[str, ShardT], poll: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[str, object]]:
-        """Yields (name, result of `method`) of every shard once done; an idle actor takes the next.
+        self,
+        method: str,
+        shards: Mapping[str, ShardT],
+        poll: Callable[[], None] = lambda: None,
+        give_up: Callable[[str, ShardT, str], None] | None = None,
+    ) -> Iterator[tuple[str, list[object]]]:
+        """Yields (name, results of `method`) of every shard once done; idle actors take the next.
 
-        `poll` is called at least every second; what it raises ends the pass. Raises
-        WorkerError (71) when a shard has lost its actor three times, UnavailableError (69)
-        when no actor finds a place in time.
+        There is one result, or one for each piece of a shard that had to be cut: after three lost
+        actors it is halved, down to the row that kills; `give_up(name, row, reason)` is told of it.
+        `poll` is called at least every second; what it or `give_up` raises ends the pass. Raises
+        WorkerError (71) when actors die whatever they do, UnavailableError (69) when no actor
+        finds a place in time.
         """
         import ray
 
-        waiting = deque(shards)
-        num_lost: Counter[str | None] = Counter()
-        num_open = len(shards)
+        queue = ShardQueue(shards, self.shape.num_actors, self._note, give_up)
         for _ in range(self.shape.num_actors):
             self._place()
         last_placed = time.monotonic()
-        while num_open:
+        while queue.num_open:
             poll()
             done, _ = ray.wait(list(self._calls), num_returns=1, timeout=POLL_SECONDS)
             if any(not call.is_placing for call in self._calls.values()):
@@ -152,26 +155,29 @@ class ActorPool(Generic[ShardT]):
             try:
                 value = self._result(done[0])
             except _ActorLost as lost:
-                self._count_lost(num_lost, call, lost)
-                if call.shard_name is not None:
-                    waiting.appendleft(call.shard_name)
+                ray.kill(call.actor)  # it may live: its result was lost, or its device is broken
+                if call.piece is None:
+                    self._count_lost_start(lost)
+                else:
+                    yield from queue.lost(call.piece, str(lost))
                 self._place()
                 continue
-            self._send_next(call, method, shards, waiting)
-            if call.shard_name is not None:
-                num_open -= 1
-                yield call.shard_name, value
+            self._send_next(call, method, queue)
+            if call.piece is not None:
+                yield from queue.done(call.piece, value)
 
-    def _send_next(
-        self, call: _Call, method: str, shards: Mapping[str, ShardT], waiting: deque[str]
-    ) -> None:
+    def _send_next(self, call: _Call[ShardT], method: str, queue: ShardQueue[ShardT]) -> None:
         import ray
 
         if call.is_placing:
             self._calls[call.actor.start.remote()] = _Call(call.actor, None)
-        elif waiting:
-            name = waiting.popleft()
-            self._calls[getattr(call.actor, method).remote(shards[name])] = _Call(call.actor, name)
+            return
+        if call.piece is None:
+            self._num_lost_starts = 0
+        piece = queue.take()
+        if piece is not None:
+            reference = getattr(call.actor, method).remote(piece.shard)
+            self._calls[reference] = _Call(call.actor, piece)
         else:
             ray.kill(call.actor)
 
@@ -205,21 +211,20 @@ class ActorPool(Generic[ShardT]):
         except RayTaskError as error:
             if isinstance(error.cause, PoclError | OSError):
                 raise error.cause from None
+            if type(error.cause).__name__ == "AcceleratorError":  # of torch, which is not loaded
+                raise _ActorLost(_reason(error)) from error
             raise
         except RayError as error:
             raise _ActorLost(_reason(error)) from error
 
-    def _count_lost(self, num_lost: Counter[str | None], call: _Call, lost: _ActorLost) -> None:
-        num_lost[call.shard_name] += 1
-        number = num_lost[call.shard_name]
-        what = (
-            f"{call.shard_name}: its actor died"
-            if call.shard_name
-            else "an actor died before its first shard"
-        )
-        if number >= MAX_ATTEMPTS:
-            raise WorkerError(f"{what}, attempt {number} of {MAX_ATTEMPTS}: {lost}")
-        self._note(f"{what}, attempt {number} of {MAX_ATTEMPTS}; trying again ({lost})")
+    def _count_lost_start(self, lost: _ActorLost) -> None:
+        """Raises WorkerError (71) when actors die before they have loaded, three times around."""
+        self._num_lost_starts += 1
+        most = MAX_ATTEMPTS * self.shape.num_actors
+        what = f"an actor died before its first shard, attempt {self._num_lost_starts} of {most}"
+        if self._num_lost_starts >= most:
+            raise WorkerError(f"{what}: {lost}")
+        self._note(f"{what}; trying again ({lost})")
 
 
 class _ActorLost(Exception):

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pocl_dist.models.heads import (
     backbone_module,
@@ -16,6 +21,7 @@ from pocl_dist.models.heads import (
     hidden_states,
     lm_head,
 )
+from pocl_dist.models.part_of_a_draw import part_of_a_draw
 from pocl_dist.records import IGNORE_INDEX, Batch
 
 
@@ -54,13 +60,21 @@ def _generated(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
+    rows: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Returns what `generate` appended to each prompt, (B, T); after its eos a row is padding.
 
     Prompts are padded on the left as one batch. Sampling draws from the seed and this batch alone,
-    so a batch gives the same answers wherever and whenever it runs.
+    so a batch gives the same answers wherever and whenever it runs. With `rows` only these are
+    answered: padded as the whole batch is, and from the same random numbers.
     """
-    settings = sampling.to_generation_config(tokenizer)
+    rows = range(len(prompts)) if rows is None else rows
+    drawn = LogitsProcessorList()
+    if sampling.do_sample and len(rows) < len(prompts):
+        drawn = part_of_a_draw(sampling.temperature, sampling.top_p, len(prompts), rows)
+    settings = replace(sampling, do_sample=sampling.do_sample and not drawn).to_generation_config(
+        tokenizer
+    )
     if sampling.do_sample:  # padding rows of the embedding have logits too, but are no tokens
         phantoms = list(range(len(tokenizer), model.config.get_text_config().vocab_size))
         settings.suppress_tokens = phantoms or None
@@ -68,8 +82,9 @@ def _generated(
     model.generation_config = settings
     longest = max(len(prompt) for prompt in prompts)
     pad = int(settings.pad_token_id)
-    ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    asked = [prompts[row] for row in rows]
+    ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in asked]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in asked]
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if sampling.do_sample:
@@ -78,6 +93,7 @@ def _generated(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,
+            logits_processor=drawn,
         )
     return output_BT[:, longest:]
 
@@ -87,9 +103,13 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
+    rows: Sequence[int] | None = None,
 ) -> list[str]:
-    """Returns one answer per prompt (token ids) as text."""
-    output_BT = _generated(model, tokenizer, prompts, sampling)
+    """Returns one answer per prompt (token ids) as text; with `rows` those of these prompts alone.
+
+    A part of a batch is padded, and drawn, as the whole is.
+    """
+    output_BT = _generated(model, tokenizer, prompts, sampling, rows)
     answers = tokenizer.batch_decode(output_BT, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 

@@ -45,18 +45,22 @@ def answer_and_score(
     examples: Sequence[EncodedExample],
     batch: Batch,
     max_new_tokens: int,
+    rows: Sequence[int] | None = None,
 ) -> list[AnsweredRow]:
     """Returns answer and cross-entropy of each row; `batch` is `examples` collated.
+
+    With `rows` (ascending) those of these alone, each padded as it is in the whole batch.
 
     1. what all prompts begin with goes through the backbone once; 2. so do the rest of each prompt
     and its reference, for the cross-entropies; 3. the answers go on from the prompts, all at once.
     Models whose cache is not keys and values alone (state space, chunked attention) take two
     passes: one that scores, one that answers.
     """
+    rows = range(len(examples)) if rows is None else rows
     if not can_share_forward(model):
-        cross_entropies = mean_cross_entropies(model, batch, len(tokenizer))
+        cross_entropies = mean_cross_entropies(model, batch.only(rows), len(tokenizer))
         ids = [example.prompt_ids for example in examples]
-        answers = generate_answers(model, tokenizer, ids, Sampling(max_new_tokens))
+        answers = generate_answers(model, tokenizer, ids, Sampling(max_new_tokens), rows)
         return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]
     batch = batch.to(next(model.parameters()).device)
     head = lm_head(model, len(tokenizer))
@@ -66,12 +70,15 @@ def answer_and_score(
     with torch.no_grad():
         prefix = _prefix_cache(model, examples, batch)
         for start, end in _forward_cuts(examples):
-            cut = slice(start, end)
-            cross_entropies += _score(
-                model, head, examples[cut], _rows(batch, cut), prefix, prompts
-            )
+            cut = [row for row in rows if start <= row < end]
+            if cut:
+                longest = max(len(example.token_ids) for example in examples[start:end]) - 1
+                asked = [examples[row] for row in cut]
+                part = _columns(batch.only(cut), longest)
+                cross_entropies += _score(model, head, asked, part, prefix, prompts)
+        longest = max(example.num_prompt_tokens for example in examples)
         eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-        tokens = _continue(model, head, prompts, eos_id, max_new_tokens)
+        tokens = _continue(model, head, prompts, longest, eos_id, max_new_tokens)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     answers = [text.strip() for text in texts]
     return [AnsweredRow(*pair) for pair in zip(answers, cross_entropies, strict=True)]
@@ -88,16 +95,13 @@ def _forward_cuts(examples: Sequence[EncodedExample]) -> list[tuple[int, int]]:
     return [*cuts, (start, len(examples))]
 
 
-def _rows(batch: Batch, cut: slice) -> Batch:
-    """Returns some rows of a batch, without the columns that are padding in all of them."""
-    mask_BT = batch.attention_mask_BT[cut]
-    longest = int(mask_BT.sum(1).max())
-    columns = (cut, slice(longest))
-    return Batch(
-        batch.input_ids_BT[columns],
-        mask_BT[:, :longest],
-        batch.labels_BT[columns],
-        batch.num_tokens,
+def _columns(batch: Batch, longest: int) -> Batch:
+    """Returns a batch without the columns from `longest` on, padding in all of its rows."""
+    return replace(
+        batch,
+        input_ids_BT=batch.input_ids_BT[:, :longest],
+        attention_mask_BT=batch.attention_mask_BT[:, :longest],
+        labels_BT=batch.labels_BT[:, :longest],
     )
 
 
@@ -169,12 +173,20 @@ def _score(
 
 
 def _continue(
-    model: PreTrainedModel, head: LMHead, prompts: Prompts, eos_id: int, max_new_tokens: int
+    model: PreTrainedModel,
+    head: LMHead,
+    prompts: Prompts,
+    longest: int,
+    eos_id: int,
+    max_new_tokens: int,
 ) -> list[list[int]]:
-    """Returns the most likely next tokens of each prompt, up to eos, which is left out."""
+    """Returns the most likely next tokens of each prompt, up to eos, which is left out.
+
+    Prompts are padded on the left to `longest`.
+    """
     hidden_BH = torch.stack(prompts.hidden_H)
-    device, longest = hidden_BH.device, max(prompts.lengths)
-    cache = roomy_cache(prompts, max_new_tokens - 1)
+    device = hidden_BH.device
+    cache = roomy_cache(prompts, longest, max_new_tokens - 1)
     lengths_B = torch.tensor(prompts.lengths, device=device)
     columns_T = torch.arange(longest + max_new_tokens, device=device)
     mask_BT = (columns_T >= longest - lengths_B[:, None]).long()

@@ -83,12 +83,11 @@ def layers_of(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return cast("list[tuple[torch.Tensor, torch.Tensor]]", [pair[:2] for pair in cache])  # type: ignore[attr-defined]
 
 
-def roomy_cache(prompts: Prompts, room: int) -> Cache:
-    """Returns a cache that holds all prompts, padded on the left, with room for `room` tokens.
+def roomy_cache(prompts: Prompts, longest: int, room: int) -> Cache:
+    """Returns a cache of all prompts, padded on the left to `longest`, and room for `room` tokens.
 
     Empties `prompts.layers` as it goes, so that no two copies of the whole exist.
     """
-    longest = max(prompts.lengths)
     layers: list[_RoomyLayer] = []
     while prompts.layers[0]:
         rows = [of_row.pop(0) for of_row in prompts.layers]

@@ -1,24 +1,32 @@
-"""One pass of actors over shards, with progress, that a signal or the stop file ends cleanly."""
+"""One pass of actors over shards: with progress, rows that fail set aside, and a clean end.
+
+A signal, the stop file or the time limit ends it; what is saved is not done again.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar, cast
 
 from pocl_dist.config import Config, EvaluateConfig
 from pocl_dist.config.pass_sections import GenerateConfig
 from pocl_dist.difficulty.work import WorkShard
-from pocl_dist.difficulty.worker import ModelWorker, WorkerSettings
+from pocl_dist.difficulty.worker import ModelWorker, ShardResult, WorkerSettings
 from pocl_dist.distributed.ray_pool import ActorPool
+from pocl_dist.distributed.ray_session import ray_session
+from pocl_dist.distributed.shard_queue import ShardT
 from pocl_dist.errors import StoppedError
+from pocl_dist.failpoints import failpoint
 from pocl_dist.models.generation import Sampling
 from pocl_dist.models.sources import ModelFolder
-from pocl_dist.pipeline.progress import RowProgress
+from pocl_dist.pipeline.progress import RowProgress, say
+from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.stop_request import StopRequest
+from pocl_dist.records import RowFailure
 
 
 def _take_signals(stop: StopRequest) -> None:
@@ -58,28 +66,62 @@ def worker_settings(
     )
 
 
-class Shard(Protocol):
-    """What an actor is sent."""
-
-    @property
-    def num_rows(self) -> int:
-        """Returns the rows that count as done with it."""
-        ...
+T = TypeVar("T")
 
 
-ShardT = TypeVar("ShardT", bound=Shard)
+@dataclass(frozen=True)
+class RowPass(Generic[T]):
+    """What the actors of a ModelWorker are to do, and what becomes of it."""
+
+    title: str
+    method: str  # of the worker
+    settings: WorkerSettings
+    shards: Mapping[str, WorkShard]
+    num_rows: int  # of the whole pass, those that are done among them
+    save: Callable[[str, ShardResult[T]], None]  # a shard's name and all that came of it
+    quarantine: Callable[[str], Quarantine]  # where the rows of that shard are listed
 
 
-def answer_shards(
-    config: Config,
-    stop: StopRequest,
-    settings: WorkerSettings,
-    method: str,
-    shards: Mapping[str, WorkShard],
-    progress: RowProgress,
-) -> Iterator[tuple[str, object]]:
-    """Yields (shard name, result of the ModelWorker's `method`) as shards finish."""
-    return work_off(config, stop, ModelWorker, settings, method, shards, progress)
+@contextlib.contextmanager
+def actors_of(config: Config, run: RunDirectory) -> Iterator[StopRequest]:
+    """Holds a Ray session, and looks for requests to stop, while the context lasts."""
+    with stop_request(run, config.run.max_wallclock_minutes) as stop, ray_session(config.ray):
+        yield stop
+
+
+def answer_rows(config: Config, stop: StopRequest, work: RowPass[T]) -> None:
+    """Lets actors work off the shards of a pass; saves each, whole, as soon as it is done.
+
+    Rows that fail are listed before that: a saved shard is one that is not done again.
+    """
+    num_open = sum(shard.num_rows for shard in work.shards.values())
+    say(
+        f"{work.title}: {num_open} of {work.num_rows} rows, in {len(work.shards)} shards, "
+        f"with {work.settings.model.origin}"
+    )
+    progress = RowProgress(work.title, work.num_rows, work.num_rows - num_open)
+
+    def give_up(name: str, row: WorkShard, reason: str) -> None:
+        work.quarantine(name).add([RowFailure(row.asked_ids[0], "lost", reason)])
+
+    results = work_off(
+        config, stop, ModelWorker, work.settings, work.method, work.shards, progress, give_up
+    )
+    # Closed before Ray is, also when a result is refused.
+    with contextlib.closing(results):
+        for name, parts in results:
+            result = _joined(cast("list[ShardResult[T]]", parts))
+            work.quarantine(name).add(result.failures)
+            failpoint("pass.before_save")
+            work.save(name, result)
+            failpoint("pass.after_shard")
+
+
+def _joined(parts: Sequence[ShardResult[T]]) -> ShardResult[T]:
+    """Returns what came of a shard that may have been cut: its parts are in the order of rows."""
+    values = {name: value for part in parts for name, value in part.value_of_id.items()}
+    failures = tuple(failure for part in parts for failure in part.failures)
+    return ShardResult(values, failures, sum(part.num_halved for part in parts))
 
 
 def work_off(
@@ -90,12 +132,13 @@ def work_off(
     method: str,
     shards: Mapping[str, ShardT],
     progress: RowProgress,
+    give_up: Callable[[str, ShardT, str], None],
     gpus_per_actor: int = 1,
-) -> Generator[tuple[str, object], None, None]:
-    """Yields (shard name, result of the worker's `method`) as shards finish. Needs a `ray_session`.
+) -> Generator[tuple[str, list[object]], None, None]:
+    """Yields (shard name, results of the worker's `method`) as shards finish, as `ActorPool.map`.
 
-    Raises StoppedError (75) within seconds of a request; shards that are at work are given up.
-    Closing it ends the actors.
+    Needs a `ray_session`. Raises StoppedError (75) within seconds of a request; shards that are at
+    work are given up. Closing it ends the actors.
     """
 
     _take_signals(stop)  # again: `ray.init` has put handlers of its own in place, which abort
@@ -112,6 +155,6 @@ def work_off(
             worker, settings, config.ray, len(shards), progress.note, gpus_per_actor
         ) as pool,
     ):
-        for name, result in pool.map(method, shards, raise_if_asked):
-            yield name, result
+        for name, results in pool.map(method, shards, raise_if_asked, give_up):
+            yield name, results
             progress.advance(shards[name].num_rows)

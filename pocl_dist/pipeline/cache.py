@@ -5,10 +5,8 @@ The curriculum visits a row about 20 times; from the cache the teacher's backbon
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,16 +20,16 @@ from pocl_dist.pipeline.cache_inputs import (
     check_truncation,
     plan_temperatures,
     planned_examples,
+    truncation_errors,
 )
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source, teacher_source
 from pocl_dist.pipeline.launch_local import is_distilled, launch_ranks
 from pocl_dist.pipeline.plan import read_plan
-from pocl_dist.pipeline.progress import RowProgress, say, warn
+from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.records import EncodedExample
 from pocl_dist.teacher.cache_files import (
     HEAD,
-    CacheEntry,
     entry_names,
     find_damage,
     is_cached,
@@ -40,7 +38,6 @@ from pocl_dist.teacher.cache_files import (
     read_shards,
     remove_entry,
     remove_torn_files,
-    tensor_file,
 )
 from pocl_dist.teacher.cache_work import CacheShard, make_cache_shards
 
@@ -66,7 +63,8 @@ def cache(config: Config, run: RunDirectory) -> None:
     1. refuse a cache that was made from other inputs; 2. hash what is there and remove what is
     damaged; 3. compare the size of what is missing with the free disk; 4. let actors (or ranks)
     answer the missing rows, each shard saved by who computed it; 5. check the truncation error,
-    summarise. An interrupted pass goes on with what is missing.
+    summarise. An interrupted pass goes on with what is missing. Raises DataError (65) when rows
+    could not be answered: the plan asks for all of them.
     """
     if is_distilled(config, run):
         say(f"cache: not needed, {run.export} is there")
@@ -83,7 +81,9 @@ def cache(config: Config, run: RunDirectory) -> None:
         if config.teacher.cache_engine == "zero3":
             launch_ranks(config, run, "cache")
             return  # the ranks have summarised
-        _let_actors_answer(config, run, job, missing)
+        from pocl_dist.pipeline.cache_actors import let_actors_answer
+
+        let_actors_answer(config, run, job, missing)
     else:
         say(f"cache: {len(job.examples)} rows are cached already")
     summarise(config, run, time.monotonic() - started)
@@ -196,48 +196,6 @@ def start(run: RunDirectory, job: CacheJob, missing: Sequence[CacheShard]) -> No
         atomic_write_json(record, job.inputs)
 
 
-def _let_actors_answer(
-    config: Config, run: RunDirectory, job: CacheJob, missing: Sequence[CacheShard]
-) -> None:
-    from pocl_dist.distributed.ray_session import ray_session
-    from pocl_dist.pipeline.actor_pass import stop_request, work_off
-    from pocl_dist.teacher.cache_worker import CacheWorker
-
-    shards = {shard.name: shard for shard in missing}
-    num_open = sum(shard.num_rows for shard in missing)
-    progress = RowProgress("cache", len(job.examples), max(0, len(job.examples) - num_open))
-    gpus, settings = config.teacher.devices_per_actor, job.settings
-    num_labels = sum(example.num_response_tokens for example in job.examples)
-    entries = read_shards(run.teacher_cache)
-    with (
-        stop_request(run, config.run.max_wallclock_minutes) as stop,
-        ray_session(config.ray),
-        # Closed before Ray is, also when a result is refused.
-        closing(
-            work_off(config, stop, CacheWorker, settings, "cache", shards, progress, gpus)
-        ) as results,
-    ):
-        for name, entry in results:
-            assert isinstance(entry, CacheEntry)
-            if not tensor_file(run.teacher_cache, name).exists():
-                raise StorageError(
-                    f"{tensor_file(run.teacher_cache, name)}: an actor wrote it, but it is not "
-                    "here: run_dir must lie on storage that all nodes of Ray share"
-                )
-            entries.append(entry)
-            # What is still missing can only add to the sum: no need to wait for the verdict.
-            check_truncation(config, run, truncation_errors(entries, num_labels))
-
-
-def truncation_errors(entries: Sequence[CacheEntry], num_labels: int) -> dict[str, float]:
-    """Returns {temperature: summed error / `num_labels`}; empty for hidden states."""
-    sums: dict[str, list[float]] = {}
-    for entry in entries:
-        for temperature, value in (entry.truncation_sums or {}).items():
-            sums.setdefault(temperature, []).append(value)
-    return {key: math.fsum(values) / num_labels for key, values in sorted(sums.items())}
-
-
 def summarise(config: Config, run: RunDirectory, seconds: float, is_main: bool = True) -> None:
     """Writes `summary.json` and prints it; raises ConfigError (64) as `_check_truncation` does.
 
@@ -259,6 +217,7 @@ def summarise(config: Config, run: RunDirectory, seconds: float, is_main: bool =
         "num_label_tokens": num_labels,
         "num_shards": len(entries),
         "bytes": num_bytes,
+        "num_halved_batches": sum(entry.num_halved for entry in entries),
         # Mean total variation to the teacher, over all label tokens.
         "truncation_error": errors if is_top_k else None,
     }

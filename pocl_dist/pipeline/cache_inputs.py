@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +14,7 @@ from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.difficulty_files import model_inputs
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.records import EncodedExample, Plan
+from pocl_dist.teacher.cache_files import CacheEntry
 from pocl_dist.teacher.cache_work import content_hash
 
 if TYPE_CHECKING:
@@ -73,6 +75,15 @@ def check_top_k(config: Config, num_real_tokens: int) -> None:
             f"teacher.top_k: {config.teacher.top_k} is more than the {num_real_tokens} tokens "
             "of the vocabulary"
         )
+
+
+def truncation_errors(entries: Sequence[CacheEntry], num_labels: int) -> dict[str, float]:
+    """Returns {temperature: summed error / `num_labels`}; empty for hidden states."""
+    sums: dict[str, list[float]] = {}
+    for entry in entries:
+        for temperature, value in (entry.truncation_sums or {}).items():
+            sums.setdefault(temperature, []).append(value)
+    return {key: math.fsum(values) / num_labels for key, values in sorted(sums.items())}
 
 
 def check_truncation(config: Config, run: RunDirectory, errors: Mapping[str, float]) -> None:

@@ -88,7 +88,7 @@ def _answer_round(
     writer = None if shard is None else ShardWriter(content, shard)
     batches = () if shard is None else shard.batches
     for index in range(max(len(shard.batches) for shard in shards)):
-        rows = batches[index] if index < len(batches) else ()
+        rows = batches[index].asked if index < len(batches) else ()
         with teacher.answer(collate(rows, job.settings.pad_id).to(rank.device)) as output:
             if rank.is_main and content.top_k is None:
                 assert output.head is not None

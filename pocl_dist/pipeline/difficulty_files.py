@@ -1,15 +1,15 @@
 """The files under `difficulty/`: what measure writes and plan reads. Loads no torch.
 
 inputs.json        what the scores are made from; written before the first shard
-shard-00017.parquet  DifficultyRecords; the number is that of the shard's first batch
-quarantine.jsonl   rows without a finite score, and why
+shard-00017.parquet  DifficultyRecords, sealed; the number is that of the shard's first batch
+quarantine.jsonl   rows without a finite score, or that cannot be worked on, and why
 ranking.parquet    RankedExamples, easy to hard; written by plan
 summary.json       counts and means; written last
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -19,21 +19,24 @@ from typing import TYPE_CHECKING
 from pocl_dist.config import Config, select_keys
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.signals import SIGNALS
-from pocl_dist.errors import DataError
-from pocl_dist.files import (
-    JSONValue,
-    atomic_write,
-    atomic_write_text,
-    digest_of,
-    read_json_lines,
-    sha256_file,
-)
+from pocl_dist.errors import DataError, MismatchError
+from pocl_dist.files import JSONValue, atomic_write, digest_of, sha256_file
 from pocl_dist.models.sources import ModelFolder, model_digest
-from pocl_dist.records import DifficultyRecord, JSONRecord
+from pocl_dist.pipeline import quarantine
+from pocl_dist.pipeline.quarantine import Quarantine
+from pocl_dist.records import DifficultyRecord, JSONRecord, RowFailure
+from pocl_dist.shard_files import (
+    count_halved,
+    damage_of,
+    remove_damaged,
+    sealed_shards,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SHARDS = "shard-*.parquet"
 # Where a model comes from is named as well as its digest, so that a refusal can
 # name a key of the config.
 _INPUT_KEYS = (
@@ -108,36 +111,70 @@ def _column(kind: str, values: Sequence[object]) -> pa.Array:
     return pa.Array.from_buffers(arrow_type, len(numbers), [None, pa.py_buffer(numbers)])
 
 
-def write_columns(path: Path, columns: Mapping[str, tuple[str, Sequence[object]]]) -> None:
-    """Writes {name: (kind: str, float or int; values)} as a Parquet file, whole or not at all."""
+def _parquet(columns: Mapping[str, tuple[str, Sequence[object]]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.table({name: _column(kind, values) for name, (kind, values) in columns.items()})
-    atomic_write(path, lambda handle: pq.write_table(table, handle))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def write_columns(path: Path, columns: Mapping[str, tuple[str, Sequence[object]]]) -> None:
+    """Writes {name: (kind: str, float or int; values)} as a Parquet file, whole or not at all."""
+    data = _parquet(columns)
+    atomic_write(path, lambda handle: handle.write(data))
+
+
+def _columns_of(
+    record_class: type[JSONRecord], records: Sequence[JSONRecord]
+) -> dict[str, tuple[str, Sequence[object]]]:
+    """Returns one column per field."""
+    # Annotations are text here (`from __future__ import annotations` in records.py).
+    kinds = {field.name: str(field.type) for field in fields(record_class)}
+    return {name: (kind, [getattr(r, name) for r in records]) for name, kind in kinds.items()}
 
 
 def write_records(
     path: Path, record_class: type[JSONRecord], records: Sequence[JSONRecord]
 ) -> None:
     """Writes records as a Parquet file with one column per field."""
-    # Annotations are text here (`from __future__ import annotations` in records.py).
-    kinds = {field.name: str(field.type) for field in fields(record_class)}
-    write_columns(
-        path, {name: (kind, [getattr(r, name) for r in records]) for name, kind in kinds.items()}
-    )
+    write_columns(path, _columns_of(record_class, records))
+
+
+def write_difficulty(
+    folder: Path, name: str, records: Sequence[DifficultyRecord], num_halved: int
+) -> None:
+    """Writes a shard of scores and seals it."""
+    data = _parquet(_columns_of(DifficultyRecord, records))
+    write_shard(folder / f"{name}.parquet", data, num_halved)
+
+
+def remove_damaged_shards(folder: Path) -> list[str]:
+    """Removes shards that are not as they were written; returns how that shows."""
+    return remove_damaged(folder, SHARDS)
+
+
+def count_halved_batches(folder: Path) -> int:
+    """Returns how many batches did not fit into memory whole."""
+    return count_halved(folder, SHARDS)
 
 
 def read_records(folder: Path) -> list[DifficultyRecord]:
     """Returns the records of all shards, in the order of their batches.
 
-    Raises DataError (65) naming the file when a shard is unreadable or holds a row twice.
+    Raises MismatchError (78) naming a shard that is not as it was written, DataError (65) for one
+    that holds no scores, or a row twice.
     """
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
     records: dict[str, DifficultyRecord] = {}
-    for path in sorted(folder.glob("shard-*.parquet")):
+    for path in sealed_shards(folder, SHARDS):
+        damage = damage_of(path)
+        if damage is not None:
+            raise MismatchError(f"{damage}; `pocl-dist measure` computes it again")
         try:
             rows = pq.ParquetFile(path).read().to_pylist()
             found = [DifficultyRecord.from_json(row) for row in rows]
@@ -157,24 +194,13 @@ def read_records(folder: Path) -> list[DifficultyRecord]:
 # --------------------------------------------------------------------------------------- quarantine
 
 
-def read_quarantine(folder: Path) -> dict[str, str]:
-    """Returns {example id: reason} of the rows that could not be scored."""
-    rows = read_json_lines(folder / "quarantine.jsonl")
-    return {str(row["example_id"]): str(row["reason"]) for row in rows}
+def read_quarantine(folder: Path) -> dict[str, RowFailure]:
+    """Returns {example id: why it has no score}."""
+    return Quarantine(folder / quarantine.FILE, 0).read()
 
 
-def add_to_quarantine(folder: Path, records: Sequence[DifficultyRecord]) -> int:
-    """Lists records without a finite score, each once; returns how many rows are listed now."""
-    reasons = read_quarantine(folder)
-    for record in records:
-        values = {name: getattr(record, name) for name in SIGNALS}
-        bad = ", ".join(
-            f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)
-        )
-        reasons[record.example_id] = bad
-    if records:
-        lines = [
-            json.dumps({"example_id": name, "reason": reason}) for name, reason in reasons.items()
-        ]
-        atomic_write_text(folder / "quarantine.jsonl", "\n".join(lines) + "\n")
-    return len(reasons)
+def not_finite(record: DifficultyRecord) -> RowFailure:
+    """Returns why a record without a finite score cannot be ranked."""
+    values = {name: getattr(record, name) for name in SIGNALS}
+    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    return RowFailure(record.example_id, "not finite", ", ".join(bad))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocl_dist.files import atomic_write_json, atomic_write_text, read_json_lines
+from pocl_dist.files import atomic_write_json, atomic_write_text, read_json, read_json_lines
 from pocl_dist.metrics import ScoreSummary, summarise
 
 _TITLES = {"student": "student", "teacher": "teacher", "student_before": "student before training"}
@@ -63,6 +63,12 @@ def read_figures(answers: Path) -> Figures:
     return Figures(summaries)
 
 
+def _passes(folder: Path, answers: str) -> dict[str, object]:
+    """Returns how many answers failed, which score 0, and how many batches were halved."""
+    name = answers.replace("answers", "passes").replace(".jsonl", ".json")
+    return dict(read_json(folder / name))
+
+
 def write_reports(
     folder: Path, set_names: Sequence[str], models: Sequence[str], student_digest: str
 ) -> None:
@@ -79,10 +85,14 @@ def write_reports(
             "set": name,
             "num_examples": next(iter(of_student.summary_of_seed.values())).num_examples,
             **of_student.to_json(),
+            **_passes(folder / name, files[models[0]]),
             "model": student_digest,
         }
         if len(models) > 1:
-            report["baselines"] = {model: figures[name][model].to_json() for model in models[1:]}
+            report["baselines"] = {
+                model: figures[name][model].to_json() | _passes(folder / name, files[model])
+                for model in models[1:]
+            }
         atomic_write_json(folder / name / "report.json", report)
     table = _table(figures, models)
     atomic_write_text(folder / "table.md", table)

@@ -4,38 +4,35 @@ Everything is kept per model and test set, so a finished pair is not done again:
 
     eval/<set>/answers.jsonl   one row per example and seed; `answers-teacher.jsonl` for a baseline
     eval/<set>/inputs.json     what the answers are made from
+    eval/<set>/shards/         answers until the set is complete, a sealed file per batch and seed
     eval/<set>/report.json     the figures, in percent, unrounded
     eval/table.md              models x test sets
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config, select_keys
-from pocl_dist.data.sources import Rows
-from pocl_dist.difficulty.work import WorkShard, make_batches, make_shards
+from pocl_dist.difficulty.work import WorkShard, make_batches, make_shards, open_batches
 from pocl_dist.errors import MissingInputError
-from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text
-from pocl_dist.metrics import exact_match, rouge_l
+from pocl_dist.files import JSONValue, atomic_write_json
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.difficulty_files import model_inputs
+from pocl_dist.pipeline.eval_answers import STUDENT, Pair, remove_shards, write_answers
 from pocl_dist.pipeline.eval_report import write_reports
 from pocl_dist.pipeline.inputs import make_encoder, read_eval_sets, student_source, teacher_source
-from pocl_dist.pipeline.progress import RowProgress, say
+from pocl_dist.pipeline.progress import say
+from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 
 if TYPE_CHECKING:
     from pocl_dist.data.encoding import Encoder
-    from pocl_dist.difficulty.worker import WorkerSettings
+    from pocl_dist.difficulty.worker import ShardResult, WorkerSettings
     from pocl_dist.pipeline.stop_request import StopRequest
 
-STUDENT = "student"
 _INPUT_KEYS = (
     "evaluate.do_sample",
     "evaluate.temperature",
@@ -50,22 +47,6 @@ _INPUT_KEYS = (
     "engine.dtype",
     "ray.cpus_per_actor",
 )
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One model on one test set, and its files."""
-
-    model: str
-    set_name: str
-    rows: Rows
-    folder: Path
-
-    def file(self, stem: str, suffix: str) -> Path:
-        """Returns the pair's file; those of the student itself carry no model name."""
-        return self.folder / (
-            f"{stem}{suffix}" if self.model == STUDENT else f"{stem}-{self.model}{suffix}"
-        )
 
 
 def evaluate(config: Config, run: RunDirectory) -> None:
@@ -90,6 +71,9 @@ def evaluate(config: Config, run: RunDirectory) -> None:
     for pair in pairs:
         _check_inputs(config, pair, digests[pair.model])
     missing = [pair for pair in pairs if not pair.file("answers", ".jsonl").exists()]
+    for pair in pairs:
+        if pair not in missing:
+            remove_shards(pair)  # a killed attempt may have left them
     if missing:
         _answer(config, run, models, digests, missing)
     else:
@@ -139,15 +123,13 @@ def _answer(
     digests: dict[str, dict[str, JSONValue]],
     missing: Sequence[Pair],
 ) -> None:
-    from pocl_dist.distributed.ray_session import ray_session
     from pocl_dist.models.loading import load_tokenizer
-    from pocl_dist.pipeline.actor_pass import stop_request, worker_settings
+    from pocl_dist.pipeline.actor_pass import actors_of, worker_settings
 
     # One encoder for all models: they share a tokenizer, and the student's
     # template is what was trained.
     encoder = make_encoder(config, load_tokenizer(models[STUDENT]))
-    limit = config.run.max_wallclock_minutes
-    with stop_request(run, limit) as stop, ray_session(config.ray):
+    with actors_of(config, run) as stop:
         for model, source in models.items():
             pairs = [pair for pair in missing if pair.model == model]
             if pairs:
@@ -164,53 +146,44 @@ def _answer_with(
     encoder: Encoder,
 ) -> None:
     """Lets one model answer its test sets, all seeds; writes each set when its last shard is in."""
-    from pocl_dist.difficulty.worker import Answers
-    from pocl_dist.pipeline.actor_pass import answer_shards
+    from pocl_dist.pipeline.actor_pass import RowPass, answer_rows
 
     shards: dict[str, WorkShard] = {}
-    pass_of: dict[str, tuple[Pair, int]] = {}
+    place_of: dict[str, tuple[Pair, int]] = {}
     for pair in pairs:
         for seed in _seeds(config):
-            for shard in _shards(config, pair, seed, encoder):
+            for shard in _open_shards(config, pair, seed, encoder):
                 name = f"{pair.set_name}, seed {seed}, {shard.name}"
-                shards[name], pass_of[name] = shard, (pair, seed)
-    num_open = Counter(pair.set_name for pair, _ in pass_of.values())
-    texts: dict[str, dict[int, dict[str, str]]] = {pair.set_name: {} for pair in pairs}
-    progress = RowProgress(
-        f"evaluate {pairs[0].model}", sum(shard.num_rows for shard in shards.values())
-    )
-    for name, result in answer_shards(config, stop, settings, "answer", shards, progress):
-        assert isinstance(result, Answers)
-        pair, seed = pass_of[name]
-        texts[pair.set_name].setdefault(seed, {}).update(result.text_of_id)
+                shards[name], place_of[name] = shard, (pair, seed)
+    num_open = Counter(pair.set_name for pair, _ in place_of.values())
+    for pair in pairs:
+        if not num_open[pair.set_name]:  # the last attempt ended between shard and set
+            write_answers(config, pair, _seeds(config))
+
+    def save(name: str, result: ShardResult[str]) -> None:
+        pair, seed = place_of[name]
+        pair.shards(seed).write(shards[name].name, result.value_of_id, result.num_halved)
         num_open[pair.set_name] -= 1
         if not num_open[pair.set_name]:
-            _write_answers(pair, texts.pop(pair.set_name))
+            write_answers(config, pair, _seeds(config))
+
+    def quarantine(name: str) -> Quarantine:
+        pair, seed = place_of[name]
+        return pair.quarantine(config, seed)
+
+    if shards:
+        num_rows = sum(len(pair.rows.examples) for pair in pairs) * len(_seeds(config))
+        title = f"evaluate {pairs[0].model}"
+        work = RowPass(title, "answer", settings, shards, num_rows, save, quarantine)
+        answer_rows(config, stop, work)
 
 
-def _shards(config: Config, pair: Pair, seed: int, encoder: Encoder) -> list[WorkShard]:
-    """Returns one shard per batch: nothing is saved per shard, and short ones share out best."""
+def _open_shards(config: Config, pair: Pair, seed: int, encoder: Encoder) -> list[WorkShard]:
+    """Returns one shard per batch that is not answered: short ones share out best."""
     encoded = [encoder.encode(example) for example in pair.rows.examples]
     references = {example.example_id: () for example in pair.rows.examples}
     batch_size = config.generation.batch_size
+    left_out = pair.quarantine(config, seed).unworkable()
     batches = make_batches(encoded, references, batch_size)
-    return [WorkShard(shard.batches, seed) for shard in make_shards(batches, batch_size)]
-
-
-def _write_answers(pair: Pair, text_of_seed: dict[int, dict[str, str]]) -> None:
-    lines = []
-    for seed, texts in sorted(text_of_seed.items()):
-        for example in pair.rows.examples:
-            answer = texts[example.example_id]
-            row = {
-                "id": example.example_id,
-                "seed": seed,
-                "prompt": example.prompt,
-                "context": example.context,
-                "references": list(example.references),
-                "answer": answer,
-                "rouge_l": rouge_l(answer, example.references),
-                "exact_match": exact_match(answer, example.references),
-            }
-            lines.append(json.dumps(row, ensure_ascii=False))
-    atomic_write_text(pair.file("answers", ".jsonl"), "\n".join(lines) + "\n")
+    missing = open_batches(batches, set(pair.shards(seed).read()), left_out)
+    return [WorkShard(shard.batches, seed) for shard in make_shards(missing, batch_size)]

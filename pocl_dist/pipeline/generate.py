@@ -11,13 +11,15 @@ from pocl_dist.errors import ConfigError
 from pocl_dist.files import JSONValue, atomic_write_json
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline import generated_files as files
+from pocl_dist.pipeline.answer_files import AnswerFiles
 from pocl_dist.pipeline.difficulty_files import model_inputs
 from pocl_dist.pipeline.inputs import make_encoder, read_prompts, student_source, teacher_source
-from pocl_dist.pipeline.progress import RowProgress, say, warn
+from pocl_dist.pipeline.progress import say, warn
+from pocl_dist.pipeline.quarantine import FILE, Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 
 if TYPE_CHECKING:
-    from pocl_dist.difficulty.worker import WorkerSettings
+    from pocl_dist.difficulty.worker import ShardResult, WorkerSettings
     from pocl_dist.records import EncodedExample
 
 
@@ -48,20 +50,29 @@ def generate(config: Config, run: RunDirectory) -> None:
     if files.is_written(config, inputs):
         say(f"generate: {files.output_file(config)} is there")
         return
-    done = files.read_answers(run)
-    batches = _open_batches(config, rows, _encode(config, run, rows, teacher), set(done))
+    shards = AnswerFiles(run.generated)
+    quarantine = Quarantine(run.generated / FILE, config.data.max_bad_rows)
+    batches = _open_batches(
+        config,
+        rows,
+        _encode(config, run, rows, teacher),
+        set(shards.read()),
+        quarantine.unworkable(),
+    )
     if batches:
         digest = str(inputs["models.teacher model sha256"])
         from pocl_dist.pipeline.actor_pass import worker_settings
 
         settings = worker_settings(config, teacher, digest, config.generate)
-        _work_off(config, run, settings, batches, len(rows.examples))
-    answers = files.read_answers(run)
-    unusable = files.write_data_set(config, run, rows.examples, answers, inputs)
+        _work_off(config, run, settings, batches, len(rows.examples), quarantine)
+    answers, failures, num_halved = shards.read(), quarantine.read(), shards.count_halved()
+    unusable = files.write_data_set(
+        config, run, rows.examples, answers, inputs, failures, num_halved
+    )
     if unusable:
         warn(
-            f"{len(unusable)} answers are empty or no text; their rows are not in the data set "
-            "(generated/unusable.jsonl)"
+            f"{len(unusable)} answers are missing, empty or no text; their rows are not in the "
+            "data set (generated/unusable.jsonl)"
         )
     say(
         f"generate: {len(rows.examples) - len(unusable)} rows in {files.output_file(config)}, "
@@ -88,12 +99,16 @@ def _encode(
 
 
 def _open_batches(
-    config: Config, rows: Rows, encoded: list[EncodedExample], done: set[str]
+    config: Config,
+    rows: Rows,
+    encoded: list[EncodedExample],
+    done: set[str],
+    left_out: set[str],
 ) -> list[WorkBatch]:
     """Returns the batches with a row not done. They are whole: a part would be drawn anew."""
     references: dict[str, tuple[str, ...]] = {row.example_id: () for row in rows.examples}
     batches = make_batches(encoded, references, config.generation.batch_size)
-    return open_batches(batches, done)
+    return open_batches(batches, done, left_out)
 
 
 def _work_off(
@@ -102,23 +117,22 @@ def _work_off(
     settings: WorkerSettings,
     batches: list[WorkBatch],
     num_rows: int,
+    quarantine: Quarantine,
 ) -> None:
-    from pocl_dist.difficulty.worker import Answers
-    from pocl_dist.distributed.ray_session import ray_session
-    from pocl_dist.pipeline.actor_pass import answer_shards, stop_request
+    from pocl_dist.pipeline.actor_pass import RowPass, actors_of, answer_rows
+
+    def save(name: str, result: ShardResult[str]) -> None:
+        AnswerFiles(run.generated).write(name, result.value_of_id, result.num_halved)
 
     shards = {
         shard.name: WorkShard(shard.batches, config.generate.seed)
         for shard in make_shards(batches, config.ray.shard_size)
     }
-    num_open = sum(shard.num_rows for shard in shards.values())
-    say(
-        f"generate: {num_open} of {num_rows} prompts, in {len(shards)} shards, "
-        f"with {settings.model.origin}"
-    )
-    progress = RowProgress("generate", num_rows, num_rows - num_open)
-    limit = config.run.max_wallclock_minutes
-    with stop_request(run, limit) as stop, ray_session(config.ray):
-        for name, result in answer_shards(config, stop, settings, "answer", shards, progress):
-            assert isinstance(result, Answers)
-            files.write_answers(run, name, result.text_of_id)
+    with actors_of(config, run) as stop:
+        answer_rows(
+            config,
+            stop,
+            RowPass(
+                "generate", "answer", settings, shards, num_rows, save, lambda name: quarantine
+            ),
+        )

@@ -1,8 +1,9 @@
 """The files of `generate`: the teacher's answers as a data set. Loads no torch.
 
 generated/inputs.json         what the answers are made from; written before the first shard
-generated/shard-00017.json    {example id: answer}; the number is that of the shard's first batch
-generated/unusable.jsonl      rows whose answer is empty or no text, and why; not in the data set
+generated/shard-00017.json    {example id: answer}, sealed; the number is of the shard's first batch
+generated/quarantine.jsonl    rows that the teacher could not be asked about, and why
+generated/unusable.jsonl      these, and rows whose answer is empty or no text; not in the data set
 generated/train.jsonl         the data set, rows in the order of `data.train` (`generate.output`)
 generated/train.provenance.json   digests of what it was made from and of the file itself
 """
@@ -25,7 +26,7 @@ from pocl_dist.files import (
     sha256_file,
 )
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.records import Example
+from pocl_dist.records import Example, RowFailure
 
 _INPUT_KEYS = (
     "models.teacher.path",
@@ -85,25 +86,6 @@ def row_of(example: Example, answer: str) -> dict[str, object]:
     return row
 
 
-# ------------------------------------------------------------------------------------------- shards
-
-
-def read_answers(run: RunDirectory) -> dict[str, str]:
-    """Returns {example id: answer} of all shards; raises DataError (65) for one that is damaged."""
-    answers: dict[str, str] = {}
-    for path in sorted(run.generated.glob("shard-*.json")):
-        try:
-            answers |= {name: str(text) for name, text in read_json(path).items()}
-        except ValueError as error:
-            raise DataError(f"{error}; remove it and generate again") from error
-    return answers
-
-
-def write_answers(run: RunDirectory, shard_name: str, text_of_id: Mapping[str, str]) -> None:
-    """Writes the answers of one shard."""
-    atomic_write_json(run.generated / f"{shard_name}.json", dict(text_of_id))
-
-
 # ------------------------------------------------------------------------------------- the data set
 
 
@@ -113,13 +95,20 @@ def write_data_set(
     examples: Sequence[Example],
     answers: Mapping[str, str],
     inputs: Mapping[str, JSONValue],
+    failures: Mapping[str, RowFailure],
+    num_halved: int = 0,
 ) -> list[dict[str, str]]:
     """Writes the rows in the order of `examples`, then the provenance; returns the unusable ones.
 
+    `failures`: rows without an answer. `num_halved` batches did not fit into memory whole.
     Raises DataError (65) when more than `data.max_bad_rows`, or all, are unusable.
     """
     rows, unusable = [], []
     for example in examples:
+        if example.example_id in failures:
+            reason = failures[example.example_id].reason
+            unusable.append({"example_id": example.example_id, "reason": reason})
+            continue
         try:
             rows.append(row_of(example, answers[example.example_id]))
         except ValueError as error:
@@ -142,6 +131,7 @@ def write_data_set(
         "sha256": sha256_file(output),
         "num_rows": len(rows),
         "num_unusable": len(unusable),
+        "num_halved_batches": num_halved,
     }
     atomic_write_json(_provenance_file(output), provenance)
     return unusable

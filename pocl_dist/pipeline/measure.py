@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,22 +16,25 @@ from pocl_dist.errors import DataError, MissingInputError
 from pocl_dist.files import atomic_write_json
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.difficulty_files import (
-    add_to_quarantine,
     config_inputs,
+    count_halved_batches,
     is_scored,
     model_inputs,
+    not_finite,
     read_quarantine,
     read_records,
-    write_records,
+    remove_damaged_shards,
+    write_difficulty,
 )
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source
-from pocl_dist.pipeline.progress import RowProgress, say, warn
+from pocl_dist.pipeline.progress import say, warn
+from pocl_dist.pipeline.quarantine import FILE, Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.server_answers import find_server, with_answers
 from pocl_dist.records import DifficultyRecord, EncodedExample
 
 if TYPE_CHECKING:
-    from pocl_dist.difficulty.worker import WorkerSettings
+    from pocl_dist.difficulty.worker import ShardResult, WorkerSettings
 
 # Above this share of ties a signal says little about the order.
 TIE_WARNING = 0.5
@@ -39,9 +43,9 @@ TIE_WARNING = 0.5
 def measure(config: Config, run: RunDirectory) -> None:
     """Writes `difficulty/`: one record per training row, then the summary.
 
-    1. refuse scores that were made from other inputs; 2. encode all rows and cut them into batches;
-    3. let the server, if the config names one, answer; 4. send the batches that are not done to the
-    actors and save each shard; 5. summarise.
+    1. refuse scores that were made from other inputs, remove damaged ones; 2. encode all rows and
+    cut them into batches; 3. let the server, if the config names one, answer; 4. send the batches
+    that are not done to the actors and save each shard; 5. summarise.
     An interrupted pass goes on with what is missing; a finished one returns at once.
     """
     rows = read_train(config)
@@ -53,7 +57,10 @@ def measure(config: Config, run: RunDirectory) -> None:
     inputs = config_inputs(config, rows) | model_inputs("models.student model", source)
     if not check_made_from(run.difficulty / "inputs.json", inputs):
         atomic_write_json(run.difficulty / "inputs.json", inputs)
-    done = _finished_ids(run)
+    for damage in remove_damaged_shards(run.difficulty):
+        warn(f"{damage}; it is computed again")
+    quarantine = Quarantine(run.difficulty / FILE, config.data.max_bad_rows)
+    done = {record.example_id for record in read_records(run.difficulty)} | set(quarantine.read())
     is_finished = done >= set(rows.by_id())
     if is_finished and (run.difficulty / "summary.json").exists():
         say(f"measure: {len(done)} rows are measured already")
@@ -66,16 +73,11 @@ def measure(config: Config, run: RunDirectory) -> None:
         from pocl_dist.pipeline.actor_pass import worker_settings
 
         settings = worker_settings(config, source, str(inputs["models.student model sha256"]))
-        batches = _open_batches(config, rows, encoded, done)
+        batches = _open_batches(config, rows, encoded, done, quarantine.unworkable())
         if server is not None:
             batches = with_answers(config, run, batches, rows, server)
-        _work_off(config, run, settings, batches, len(rows.examples))
+        _work_off(config, run, settings, batches, len(rows.examples), quarantine)
     _summarise(run, encoded, time.monotonic() - started)
-
-
-def _finished_ids(run: RunDirectory) -> set[str]:
-    scored = {record.example_id for record in read_records(run.difficulty)}
-    return scored | set(read_quarantine(run.difficulty))
 
 
 def _encode(config: Config, rows: Rows, source: ModelFolder) -> list[EncodedExample]:
@@ -93,12 +95,16 @@ def _encode(config: Config, rows: Rows, source: ModelFolder) -> list[EncodedExam
 
 
 def _open_batches(
-    config: Config, rows: Rows, encoded: Sequence[EncodedExample], done: set[str]
+    config: Config,
+    rows: Rows,
+    encoded: Sequence[EncodedExample],
+    done: set[str],
+    left_out: set[str],
 ) -> list[WorkBatch]:
     """Returns the batches with a row not done. They are whole: a part would pad differently."""
     references = {example.example_id: example.references[:1] for example in rows.examples}
     batches = make_batches(encoded, references, config.generation.batch_size, is_scored=True)
-    return open_batches(batches, done)
+    return open_batches(batches, done, left_out)
 
 
 def _work_off(
@@ -107,37 +113,26 @@ def _work_off(
     settings: WorkerSettings,
     batches: Sequence[WorkBatch],
     num_rows: int,
+    quarantine: Quarantine,
 ) -> None:
-    from pocl_dist.distributed.ray_session import ray_session
-    from pocl_dist.pipeline.actor_pass import answer_shards, stop_request
+    from pocl_dist.pipeline.actor_pass import RowPass, actors_of, answer_rows
+
+    def save(name: str, result: ShardResult[DifficultyRecord]) -> None:
+        """Writes a shard's scored rows, others to quarantine first: its file says "done"."""
+        records = result.value_of_id.values()
+        quarantine.add([not_finite(record) for record in records if not is_scored(record)])
+        scored = [record for record in records if is_scored(record)]
+        write_difficulty(run.difficulty, name, scored, result.num_halved)
 
     shards = {shard.name: shard for shard in make_shards(batches, config.ray.shard_size)}
-    num_open = sum(shard.num_rows for shard in shards.values())
-    say(
-        f"measure: {num_open} of {num_rows} rows, in {len(shards)} shards, "
-        f"with {settings.model.origin}"
-    )
-    progress = RowProgress("measure", num_rows, num_rows - num_open)
-    limit = config.run.max_wallclock_minutes
-    with stop_request(run, limit) as stop, ray_session(config.ray):
-        for name, result in answer_shards(config, stop, settings, "measure", shards, progress):
-            assert isinstance(result, list)
-            _save_shard(config, run, name, result)
-
-
-def _save_shard(
-    config: Config, run: RunDirectory, name: str, records: list[DifficultyRecord]
-) -> None:
-    """Writes a shard's scored rows, others to quarantine first: the shard's file says "done"."""
-    not_scored = [record for record in records if not is_scored(record)]
-    num_quarantined = add_to_quarantine(run.difficulty, not_scored)
-    if num_quarantined > config.data.max_bad_rows:
-        raise DataError(
-            f"{run.difficulty / 'quarantine.jsonl'}: {num_quarantined} rows have no finite score "
-            f"(data.max_bad_rows is {config.data.max_bad_rows}); are the student's weights sound?"
+    with actors_of(config, run) as stop:
+        answer_rows(
+            config,
+            stop,
+            RowPass(
+                "measure", "measure", settings, shards, num_rows, save, lambda name: quarantine
+            ),
         )
-    scored = [record for record in records if is_scored(record)]
-    write_records(run.difficulty / f"{name}.parquet", DifficultyRecord, scored)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -151,7 +146,8 @@ def _summarise(run: RunDirectory, encoded: Sequence[EncodedExample], seconds: fl
             f"{run.difficulty}: no row has a finite score; are the student's weights sound?"
         )
     ties = tie_shares(records)
-    num_quarantined = len(read_quarantine(run.difficulty))
+    quarantined = read_quarantine(run.difficulty).values()
+    num_quarantined = len(quarantined)
     mean_rouge_l = _mean([record.rouge_l for record in records])
     mean_cross_entropy = _mean([record.cross_entropy for record in records])
     summary = {
@@ -160,12 +156,19 @@ def _summarise(run: RunDirectory, encoded: Sequence[EncodedExample], seconds: fl
         "num_responses_cut": sum(example.is_response_cut for example in encoded),
         "num_empty_answers": sum(not record.answer.strip() for record in records),
         "num_quarantined": num_quarantined,
+        "num_quarantined_by_cause": dict(Counter(row.cause for row in quarantined)),
+        "num_halved_batches": count_halved_batches(run.difficulty),
         "tie_shares": ties,
         "mean_rouge_l": mean_rouge_l,
         "mean_cross_entropy": mean_cross_entropy,
         "seconds": seconds,  # of this attempt
     }
     atomic_write_json(run.difficulty / "summary.json", summary)
+    if summary["num_halved_batches"]:
+        warn(
+            f"{summary['num_halved_batches']} batches did not fit into memory and were halved: "
+            "their scores may differ from others' in the last bits (generation.batch_size)"
+        )
     if num_quarantined:
         warn(
             f"{num_quarantined} rows have no finite score and are left out "

@@ -1,6 +1,6 @@
 """The student's answers from a server, for `measure.engine: server`; saved shard by shard.
 
-difficulty/answers-00017.json   {example id: answer}; the number is that of the shard's first batch
+difficulty/answers-00017.json   {example id: answer}, sealed; the number is of its first batch
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.server import Server, ServerPrompt, ask, check_reachable
 from pocl_dist.difficulty.server_pool import ask_all
 from pocl_dist.difficulty.work import WorkBatch, WorkShard, make_shards
-from pocl_dist.errors import ConfigError, DataError, MismatchError, StoppedError
-from pocl_dist.files import atomic_write_json, read_json
+from pocl_dist.errors import ConfigError, MismatchError, StoppedError
+from pocl_dist.pipeline.answer_files import AnswerFiles
 from pocl_dist.pipeline.progress import RowProgress, say
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import EncodedExample, Example
@@ -66,7 +66,7 @@ def with_answers(
     from pocl_dist.pipeline.actor_pass import stop_request
     from pocl_dist.pipeline.inputs import student_source
 
-    known = _read_answers(run)
+    known = _files(run).read()
     shards = [
         shard
         for shard in make_shards(batches, config.ray.shard_size)
@@ -92,14 +92,8 @@ def with_answers(
     ]
 
 
-def _read_answers(run: RunDirectory) -> dict[str, str]:
-    answers: dict[str, str] = {}
-    for path in sorted(run.difficulty.glob("answers-*.json")):
-        try:
-            answers |= {name: str(text) for name, text in read_json(path).items()}
-        except ValueError as error:
-            raise DataError(f"{error}; remove it and measure again") from error
-    return answers
+def _files(run: RunDirectory) -> AnswerFiles:
+    return AnswerFiles(run.difficulty, "answers")
 
 
 def make_prompt(
@@ -171,5 +165,5 @@ def _ask_all(
 def _save(
     run: RunDirectory, shard_name: str, prompts: Sequence[ServerPrompt], answers: Mapping[str, str]
 ) -> None:
-    path = run.difficulty / f"{shard_name.replace('shard', 'answers')}.json"
-    atomic_write_json(path, {prompt.example_id: answers[prompt.example_id] for prompt in prompts})
+    name = shard_name.replace("shard", "answers")
+    _files(run).write(name, {prompt.example_id: answers[prompt.example_id] for prompt in prompts})

@@ -22,9 +22,9 @@ from pocl_dist.files import (
     atomic_write_json,
     read_json,
     sha256_bytes,
-    sha256_file,
 )
 from pocl_dist.records import EncodedExample
+from pocl_dist.shard_files import difference
 from pocl_dist.teacher.cache_work import CacheShard, content_hash
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class CacheEntry:
     rows: tuple[CachedRow, ...] = ()
     truncation_sums: Mapping[str, float] | None = None  # temperature -> sum over label positions
     scalars: Mapping[str, JSONValue] | None = None  # of the head
+    num_halved: int = 0  # batches that did not fit into memory whole
 
     @property
     def num_labels(self) -> int:
@@ -68,6 +69,7 @@ class CacheEntry:
             "rows": [[row.example_id, row.content_hash, row.num_labels] for row in self.rows],
             "truncation_sums": None if self.truncation_sums is None else dict(self.truncation_sums),
             "scalars": None if self.scalars is None else dict(self.scalars),
+            "num_halved": self.num_halved,
         }
 
 
@@ -109,6 +111,7 @@ def write_entry(
     rows: tuple[CachedRow, ...] = (),
     truncation_sums: Mapping[str, float] | None = None,
     scalars: Mapping[str, JSONValue] | None = None,
+    num_halved: int = 0,
 ) -> CacheEntry:
     """Writes tensors, then the JSON that makes them count; an earlier entry is replaced."""
     from safetensors.torch import save
@@ -116,7 +119,8 @@ def write_entry(
     data = save({key: value.contiguous() for key, value in tensors.items()})
     (folder / f"{name}.json").unlink(missing_ok=True)  # it would describe other tensors
     atomic_write(tensor_file(folder, name), lambda handle: handle.write(data))
-    entry = CacheEntry(name, len(data), sha256_bytes(data), rows, truncation_sums, scalars)
+    sha256 = sha256_bytes(data)
+    entry = CacheEntry(name, len(data), sha256, rows, truncation_sums, scalars, num_halved)
     atomic_write_json(folder / f"{name}.json", entry.to_json())
     return entry
 
@@ -133,6 +137,7 @@ def read_entry(folder: Path, name: str) -> CacheEntry:
             rows=tuple(CachedRow(str(a), str(b), int(c)) for a, b, c in rows),
             truncation_sums=cast("dict[str, float] | None", value["truncation_sums"]),
             scalars=cast("dict[str, JSONValue] | None", value["scalars"]),
+            num_halved=int(cast("int", value["num_halved"])),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / name}.json describes no shard: {error!r}") from error
@@ -151,13 +156,8 @@ def damage_of(folder: Path, name: str) -> Damage | None:
         entry = read_entry(folder, name)
     except ValueError as error:
         return Damage(name, str(error))
-    if not path.exists():
-        return Damage(name, f"{path}: missing")
-    if path.stat().st_size != entry.num_bytes:
-        return Damage(name, f"{path}: {path.stat().st_size} bytes, expected {entry.num_bytes}")
-    if sha256_file(path) != entry.sha256:
-        return Damage(name, f"{path}: content changed (sha256 differs)")
-    return None
+    reason = difference(path, entry.num_bytes, entry.sha256)
+    return None if reason is None else Damage(name, reason)
 
 
 def find_damage(folder: Path, names: Iterable[str]) -> list[Damage]:

@@ -6,9 +6,10 @@ the same bits for any number of actors and any interruption.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 
+from pocl_dist.distributed.shard_queue import halves_of
 from pocl_dist.files import digest_of
 from pocl_dist.records import EncodedExample
 
@@ -19,26 +20,62 @@ def content_hash(example: EncodedExample) -> str:
 
 
 @dataclass(frozen=True)
+class CacheBatch:
+    """Rows that the teacher sees together."""
+
+    examples: tuple[EncodedExample, ...]
+    part: tuple[int, ...] | None = None  # the rows that are asked for; None: all
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Returns the rows that are asked for; the others only decide the padding."""
+        return range(len(self.examples)) if self.part is None else self.part
+
+    def only(self, rows: Sequence[int]) -> CacheBatch:
+        """Returns the batch with these rows asked for."""
+        return replace(self, part=tuple(rows))
+
+    @property
+    def asked(self) -> tuple[EncodedExample, ...]:
+        """Returns the rows that are asked for."""
+        return tuple(self.examples[row] for row in self.rows)
+
+
+@dataclass(frozen=True)
 class CacheShard:
     """Rows of one file of the cache, in the batches in which the teacher sees them."""
 
     index: int  # its place among all shards
-    batches: tuple[tuple[EncodedExample, ...], ...]
+    batches: tuple[CacheBatch, ...]
 
     @property
     def examples(self) -> tuple[EncodedExample, ...]:
         """Returns its rows in the order in which their positions are stored."""
-        return tuple(example for batch in self.batches for example in batch)
+        return tuple(example for batch in self.batches for example in batch.asked)
 
     @property
     def num_rows(self) -> int:
         """Returns the rows of all its batches."""
-        return sum(len(batch) for batch in self.batches)
+        return sum(len(batch.rows) for batch in self.batches)
+
+    def halves(self) -> list[CacheShard]:
+        """Returns the shard in two parts, none when one row is asked for."""
+        return [replace(self, batches=part) for part in halves_of(self.batches)]
 
     @property
     def num_labels(self) -> int:
         """Returns the label positions of all its rows."""
         return sum(example.num_response_tokens for example in self.examples)
+
+    def without(self, ids: Set[str]) -> CacheShard:
+        """Returns the shard with these rows not asked for."""
+        if not ids:
+            return self
+        parts = [
+            batch.only([row for row in batch.rows if batch.examples[row].example_id not in ids])
+            for batch in self.batches
+        ]
+        return replace(self, batches=tuple(batch for batch in parts if batch.rows))
 
     @property
     def name(self) -> str:
@@ -55,7 +92,10 @@ def make_cache_shards(
     So little is padded, and a batch that does not fit into memory shows at once.
     """
     rows = sorted(examples, key=lambda row: (-len(row.token_ids), row.example_id))
-    batches = [tuple(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    batches = [
+        CacheBatch(tuple(rows[start : start + batch_size]))
+        for start in range(0, len(rows), batch_size)
+    ]
     per_shard = -(-shard_size // batch_size)
     cuts = [
         tuple(batches[start : start + per_shard]) for start in range(0, len(batches), per_shard)

@@ -6,19 +6,22 @@ Hidden states are too large for Ray's object store; the driver gets the JSON abo
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from pocl_dist.data.encoding import collate
 from pocl_dist.distributed.process_group import torch_dtype
+from pocl_dist.distributed.row_isolation import work_by_halves
 from pocl_dist.errors import ConfigError, MismatchError
 from pocl_dist.files import make_private
 from pocl_dist.models.heads import backbone_module, check_head, hidden_states, lm_head
 from pocl_dist.models.loading import load_model
 from pocl_dist.models.sources import ModelFolder, model_digest
-from pocl_dist.records import IGNORE_INDEX, Batch, TeacherOutput
+from pocl_dist.records import IGNORE_INDEX, Batch, RowFailure, TeacherOutput
 from pocl_dist.teacher.cache_files import HEAD, CacheEntry
 from pocl_dist.teacher.cache_work import CacheShard
 from pocl_dist.teacher.cache_writer import CacheContent, ShardWriter, write_head
@@ -36,6 +39,14 @@ class CacheSettings:
     num_threads: int
     dtype_name: str | None  # engine.dtype
     num_devices: int  # teacher.devices_per_actor
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """What came of a shard: its file, None when no row was left, and the rows that failed."""
+
+    entry: CacheEntry | None
+    failures: tuple[RowFailure, ...]
 
 
 class CacheWorker:
@@ -66,7 +77,7 @@ class CacheWorker:
         self._model = model
         return str(input_device(model))
 
-    def cache(self, shard: CacheShard) -> CacheEntry:
+    def cache(self, shard: CacheShard) -> CacheResult:
         """Writes what the teacher says of the shard's rows; returns what stands beside it."""
         model, settings = self._model, self.settings
         assert model is not None, "start() comes first"
@@ -76,18 +87,28 @@ class CacheWorker:
         if settings.content.top_k is None and not (folder / f"{HEAD}.json").exists():
             write_head(folder, head)
         writer = ShardWriter(settings.content, shard)
-        for rows in shard.batches:
-            batch = collate(rows, settings.pad_id).to(input_device(model))
-            try:
-                with torch.no_grad():
-                    hidden_NH = label_hidden(model, batch).to(head.weight_VH.device)
-                    writer.add(TeacherOutput(hidden_NH, head))
-            except torch.OutOfMemoryError as error:
-                raise ConfigError(
-                    f"teacher.cache_batch_size: {len(rows)} rows of up to {len(rows[0].token_ids)} "
-                    "tokens do not fit into the device's memory; lower it"
-                ) from error
-        return writer.write()
+        failures: list[RowFailure] = []
+        num_halved = 0
+        for batch in shard.batches:
+            inputs = collate(batch.examples, settings.pad_id)
+            ids = [example.example_id for example in batch.examples]
+            found = work_by_halves(partial(row_hiddens, model, inputs), batch.rows, ids)
+            if found.result_of_row:
+                hiddens = [found.result_of_row[row] for row in sorted(found.result_of_row)]
+                hidden_NH = torch.cat(hiddens).to(head.weight_VH.device)
+                writer.add(TeacherOutput(hidden_NH, head))
+            failures += found.failures
+            num_halved += found.is_halved
+        entry = writer.write({failure.example_id for failure in failures}, num_halved)
+        return CacheResult(entry, tuple(failures))
+
+
+def row_hiddens(model: PreTrainedModel, batch: Batch, rows: Sequence[int]) -> list[torch.Tensor]:
+    """Returns, for each of `rows`, the hidden states (n, H) of its labelled positions."""
+    part = batch.only(rows)
+    with torch.no_grad():
+        hidden_NH = label_hidden(model, part.to(input_device(model)))
+    return list(hidden_NH.split((part.labels_BT != IGNORE_INDEX).sum(1).tolist()))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -62,14 +63,19 @@ class ShardWriter:
             }
         )
 
-    def write(self) -> CacheEntry:
-        """Writes the shard's tensors, then the JSON that makes them count."""
-        assert len(self._parts) == len(self.shard.batches)
+    def write(self, failed: Set[str] = frozenset(), num_halved: int = 0) -> CacheEntry | None:
+        """Writes the shard's tensors, then the JSON that makes them count.
+
+        Without the rows `failed`, of which nothing was added; returns None when none is left.
+        """
+        shard = self.shard.without(failed)
+        if not shard.batches:
+            return None
         tensors = {key: torch.cat([part[key] for part in self._parts]) for key in self._parts[0]}
-        assert all(len(tensor) == self.shard.num_labels for tensor in tensors.values())
+        assert all(len(tensor) == shard.num_labels for tensor in tensors.values())
         error_sums = None if self.content.top_k is None else self._error_sums
-        name, rows = self.shard.name, rows_of(self.shard)
-        return write_entry(self.content.folder, name, tensors, rows, error_sums)
+        folder, rows = self.content.folder, rows_of(shard)
+        return write_entry(folder, shard.name, tensors, rows, error_sums, num_halved=num_halved)
 
 
 def write_head(folder: Path, head: LMHead) -> None:
