@@ -45,5 +45,5 @@ EXPERIMENTS: dict[str, Callable[[Lab], Result]] = {
     "two_jobs": two_jobs.run,
     "flipped_bits": flipped_bits.run,
     "stop_phases": stop_phases.run,
-    "kill_passes": kill_passes.run,  # last: it does the passes of the undisturbed run again
+    "kill_passes": kill_passes.run,
 }
