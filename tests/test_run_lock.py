@@ -18,8 +18,14 @@ from pocl_dist.errors import BusyError, StorageError, WorkerError
 from pocl_dist.files import atomic_write_text
 from pocl_dist.pipeline import run_lock as module
 from pocl_dist.pipeline.manifest import write_manifest
-from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.pipeline.run_lock import LEASE_SECONDS, check_not_fenced, is_locked, run_lock
+from pocl_dist.pipeline.run_directory import ATTEMPT_VARIABLE, RunDirectory
+from pocl_dist.pipeline.run_lock import (
+    LEASE_SECONDS,
+    abandonment,
+    check_not_fenced,
+    is_locked,
+    run_lock,
+)
 from pocl_dist.pipeline.run_step import run_step
 from pocl_dist.pipeline.status_file import read_status
 
@@ -133,6 +139,23 @@ def test_two_processes_that_start_at_once_do_not_both_get_the_lock(tmp_path: Pat
     for process in both:
         process.communicate("")
     assert said == ["busy", "held"]
+
+
+def test_an_attempt_is_abandoned_when_its_holder_dies_or_another_has_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ATTEMPT_VARIABLE, raising=False)
+    assert abandonment(tmp_path) == ""
+    with run_lock(tmp_path) as attempt:
+        assert abandonment(tmp_path) == ""
+        _write_lock(tmp_path, place=module._place(), pid=1, started_at="no such", attempt=attempt)
+        assert abandonment(tmp_path) == (
+            f"process 1, which holds {tmp_path} for attempt {attempt}, is gone"
+        )
+        _write_lock(tmp_path, **(FOREIGN | {"attempt": attempt + 1}))
+        assert "no longer held by attempt" in abandonment(tmp_path)
+        (tmp_path / "lock").unlink()
+        assert "no longer held by attempt" in abandonment(tmp_path)
 
 
 @pytest.mark.parametrize("is_refreshed", [False, True])

@@ -97,11 +97,10 @@ def _one_line(error: BaseException | str) -> str:
 
 def _initialise(what: str, **options: object) -> None:
     import ray
-    from ray.exceptions import RayError
 
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)  # type: ignore[arg-type]
-    except (RayError, RuntimeError, ConnectionError, TimeoutError, ValueError) as error:
+    except Exception as error:  # a daemon that dies while it starts: Ray raises a bare Exception
         raise UnavailableError(f"{what}: {_one_line(error)}") from error
 
 

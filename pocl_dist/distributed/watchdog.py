@@ -3,7 +3,8 @@
 Each rank writes a sign of life (host, process, phase, step) every few seconds. One whose main
 thread does not move on for `timeout_seconds` raises the alarm by a file that all ranks watch; then
 each writes its stacks, the lowest rank that lives says which rank the others waited for, and all
-exit with code 71. No collective is used: those are what hangs.
+exit with code 71. No collective is used: those are what hangs. Ranks whose run directory is no
+longer theirs, or whose starter was killed, end too: nobody else would end them.
 """
 
 from __future__ import annotations
@@ -74,8 +75,12 @@ class Watchdog:
         world_size: int,
         timeout_seconds: float,
         on_hang: Callable[[str], None],
+        abandoned: Callable[[], str] = lambda: "",
     ) -> None:
-        """`job` tells this start of the ranks from earlier ones; `on_hang` gets the one line."""
+        """`job` tells this start of the ranks from earlier ones; `on_hang` gets the one line.
+
+        `abandoned` says why nobody waits for these ranks any more; empty while somebody does.
+        """
         self.folder = folder
         self.job = job
         self.index = index
@@ -83,6 +88,7 @@ class Watchdog:
         self.timeout_seconds = timeout_seconds
         self.tick_seconds = min(5.0, timeout_seconds / 4)
         self.on_hang = on_hang
+        self.abandoned = abandoned
         self._phase, self._step, self._beat_at = "start", -1, time.monotonic()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -165,6 +171,11 @@ class Watchdog:
         while not self._is_over.is_set():
             with contextlib.suppress(OSError):  # a file server that is away is no hang
                 self._sign(count := count + 1)
+                if reason := self.abandoned():
+                    print(
+                        f"WATCHDOG: rank {self.index} ends: {reason}", file=sys.stderr, flush=True
+                    )
+                    os._exit(EXIT_CODE)
             alarm = _read(self.folder / _ALARM)
             if alarm.get("job") == self.job:
                 self._end(count)

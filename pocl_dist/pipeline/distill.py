@@ -7,6 +7,7 @@ import time
 import uuid
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -29,6 +30,7 @@ from pocl_dist.failpoints import failpoint
 from pocl_dist.pipeline.dev import evaluate_on_dev
 from pocl_dist.pipeline.nonfinite import skip_step
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.run_lock import abandonment
 from pocl_dist.pipeline.save import export, finish_save, is_save_wanted, save
 from pocl_dist.pipeline.step_answers import answered_batch, choose_answers
 from pocl_dist.pipeline.step_batches import micro_batches, sampler_of
@@ -69,7 +71,9 @@ def _watchdog(run: RunDirectory, rank: Rank, timeout_seconds: float) -> Watchdog
 
     job = gather_texts(uuid.uuid4().hex, rank)[0]
     folder = run.root / "control" / "ranks"
-    return Watchdog(folder, job, rank.index, rank.world_size, timeout_seconds, on_hang)
+    # Rank 0 alone asks: the others end when they lose it.
+    abandoned = partial(abandonment, run.root) if rank.is_main else (lambda: "")
+    return Watchdog(folder, job, rank.index, rank.world_size, timeout_seconds, on_hang, abandoned)
 
 
 def _distill(
@@ -111,6 +115,7 @@ def _distill(
     watchdog.beat("export", is_bounded=False)
     failpoint("export.before")
     if on_any_rank(stop.is_asked(), rank):
+        finish_save(training)
         training.close()
         raise StoppedError("trained to the end and saved; the same command exports the result")
     export(training)

@@ -15,6 +15,7 @@ from pocl_dist.distributed.collectives import broadcast_floats
 from pocl_dist.distributed.parameters import set_weight
 from pocl_dist.files import JSONValue
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
+from pocl_dist.pipeline.save import finish_save
 from pocl_dist.pipeline.training import Training, progress_of
 
 
@@ -24,6 +25,7 @@ def step_to_go_back_to(training: Training) -> int | None:
     It is the newest from before the last step that changed a weight: one written since then holds
     the weights as they are.
     """
+    finish_save(training)  # one under way may be the newest
     settings, progress = training.config.nonfinite, training.coordinator.progress
     found = -1
     if settings.rewind and progress.num_rewinds < settings.max_rewinds:
@@ -36,7 +38,8 @@ def step_to_go_back_to(training: Training) -> int | None:
 
 def go_back(training: Training, step: int) -> None:
     """Sets weights, optimizer, policy and progress as the checkpoint has them. Collective."""
-    checkpoint = find_checkpoint(training.run.checkpoints, training.rank, "fail", only_step=step)
+    folder, rank = training.run.checkpoints, training.rank
+    checkpoint = find_checkpoint(folder, rank, training.run_digest, "fail", only_step=step)
     assert checkpoint is not None, "rank 0 saw it"
     coordinator, engine = training.coordinator, training.engine
     left_at = coordinator.progress.step

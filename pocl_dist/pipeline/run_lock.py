@@ -201,6 +201,22 @@ def run_lock(root: Path) -> Iterator[int]:
             path.unlink(missing_ok=True)
 
 
+def abandonment(root: Path) -> str:
+    """Returns why this attempt is over though its ranks live: fenced, or its holder was killed.
+
+    Empty while the lock is this attempt's and alive, and without an attempt number.
+    """
+    own = os.environ.get(ATTEMPT_VARIABLE)
+    if own is None:
+        return ""
+    held = _holder(root / "lock")
+    if held is None or _number(held) != int(own):
+        return f"{root} is no longer held by attempt {own}"
+    if not _is_held(root / "lock", held):
+        return f"process {held.get('pid')}, which holds {root} for attempt {own}, is gone"
+    return ""
+
+
 def check_not_fenced(root: Path) -> None:
     """Raises WorkerError (71) when the run directory is no longer this attempt's to write.
 
