@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -105,14 +106,19 @@ TURNS = (
 )
 
 
-def test_a_run_that_is_stopped_or_killed_in_every_phase_ends_like_an_undisturbed_one(
-    tiny_pair: Pair, undisturbed: RunDirectory, tmp_path: Path
+@pytest.mark.parametrize(
+    "turns",
+    [TURNS[1:-1], pytest.param(TURNS, marks=pytest.mark.slow)],
+    ids=["while training", "in every phase"],
+)
+def test_a_run_that_is_stopped_or_killed_at_every_turn_ends_like_an_undisturbed_one(
+    tiny_pair: Pair, undisturbed: RunDirectory, tmp_path: Path, turns: Sequence[tuple]
 ) -> None:
     config = write_config(tmp_path, *tiny_pair, **sections_of(tiny_pair))
     loaded = load_config([config])
     run = RunDirectory(Path(loaded.run_dir))
     make_plan(loaded, run)
-    for failpoint, ends, checkpoints, num_dev in TURNS:
+    for failpoint, ends, checkpoints, num_dev in turns:
         assert _attempt(config, failpoint) == ends, failpoint
         dev = [row for row in read_json_lines(run.metrics) if row["kind"] == "dev"]
         assert (run.checkpoint_steps(), len(dev)) == (checkpoints, num_dev), failpoint
