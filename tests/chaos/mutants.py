@@ -61,7 +61,8 @@ MUTANTS = (
         (*_CHAOS, "fenced_writer"),
     ),
     Mutant(
-        "no lock", "pipeline/run_lock.py", ((r"if _is_held\(path, held, is_patient=True\):", "if False:"),),
+        "no lock", "pipeline/run_lock.py",
+        ((r"if _is_held\(path, held, is_patient=True\):", "if False:"),),
         (*_PYTEST, "tests/test_run_lock.py"),
     ),
     Mutant(
