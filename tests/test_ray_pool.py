@@ -285,3 +285,16 @@ def test_threads_that_are_not_the_main_one_get_no_signals(tmp_path: Path) -> Non
     thread.start()
     thread.join()
     assert asked == [False]
+
+
+def test_a_ray_daemon_that_dies_while_it_starts_is_unreachable_not_a_bug(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    def die(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nmore")  # as ray/node.py does
+
+    monkeypatch.setattr(ray, "init", die)
+    with pytest.raises(UnavailableError, match=r"could not be started: The current node timed"):
+        session._start_local(CONFIG)

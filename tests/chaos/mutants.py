@@ -61,13 +61,14 @@ MUTANTS = (
         (*_CHAOS, "fenced_writer"),
     ),
     Mutant(
-        "no lock", "pipeline/run_lock.py", ((r"if _is_held\(path, held\):", "if False:"),),
+        "no lock", "pipeline/run_lock.py",
+        ((r"if _is_held\(path, held, is_patient=True\):", "if False:"),),
         (*_PYTEST, "tests/test_run_lock.py"),
     ),
     Mutant(
-        "verify compares no hash", "files.py",
-        ((r"elif sha256_file\(path\) != sha256:", "elif False:"),),
-        (*_PYTEST, "tests/test_files.py", "tests/test_run_directory.py"),
+        "verify compares no hash", "pipeline/verify.py",
+        ((r'if contents\.sha256\[name\] == row\["sha256"\]:', "if True:"),),
+        (*_PYTEST, "tests/test_verify.py"),
     ),
 )  # fmt: skip
 
