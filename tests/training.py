@@ -75,21 +75,25 @@ def distill_with_errors(config: Path, world_size: int, failpoint: str) -> tuple[
 
 def distill_killed(config: Path, world_size: int, failpoint: str) -> RunDirectory:
     """As `distill`, with a failpoint that kills one rank; returns when all ranks have ended."""
+    codes = distill_ended(config, world_size, {VARIABLE: failpoint})
+    assert -signal.SIGKILL in codes, f"no rank was killed by {failpoint}: {codes}"
+    return RunDirectory(Path(load_config([config]).run_dir))
+
+
+def distill_ended(config: Path, world_size: int, environment: dict[str, str]) -> list[int | None]:
+    """As `distill`, to whatever end it comes; returns the exit codes of the ranks."""
     loaded = load_config([config])
-    run = RunDirectory(Path(loaded.run_dir))
-    make_plan(loaded, run)
-    environment = {VARIABLE: failpoint}
+    make_plan(loaded, RunDirectory(Path(loaded.run_dir)))
     processes, _ = start_ranks(_distill, world_size, [str(config)], [], None, environment)
     try:
         for process in processes:
             process.join(60)
         codes = [process.exitcode for process in processes]
-        assert -signal.SIGKILL in codes, f"no rank was killed by {failpoint}: {codes}"
         assert None not in codes, "a rank outlived its peer by a minute"
+        return codes
     finally:
         for process in processes:
             process.kill()
-    return run
 
 
 def step_rows(run: RunDirectory) -> list[dict]:
