@@ -128,12 +128,6 @@ def explain_storage_error(error: OSError) -> str | None:
     return None
 
 
-def fsync_file(path: Path) -> None:
-    """Makes the content of a file that another library wrote survive a power cut."""
-    with path.open("rb+") as handle:
-        os.fsync(handle.fileno())
-
-
 def make_private() -> None:
     """Lets this process create files for its user only: 0600, folders 0700. Children take it over.
 

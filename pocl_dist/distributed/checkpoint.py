@@ -56,7 +56,6 @@ class Checkpoint:
     state: dict[str, JSONValue]  # the coordinator's progress; under `policy` that of the policy
     adam_step: int
     loss_scale: dict[str, JSONValue] | None  # of fp16
-    versions: dict[str, JSONValue]  # of the packages that wrote it
     files: tuple[_File, ...]
 
     def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -115,7 +114,6 @@ def read_checkpoint(folder: Path, run_digest: str) -> Checkpoint:
             state=cast("dict[str, JSONValue]", manifest["state"]),
             adam_step=cast("int", manifest["adam_step"]),
             loss_scale=cast("dict[str, JSONValue] | None", manifest["loss_scale"]),
-            versions=cast("dict[str, JSONValue]", manifest["versions"]),
             files=_files(cast("list[dict[str, JSONValue]]", manifest["files"])),
         )
         made_from = digests["run"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from pocl_dist.distributed.parameters import (
 )
 from pocl_dist.distributed.process_group import Rank
 from pocl_dist.failpoints import failpoint
-from pocl_dist.files import JSONValue, fsync_file, sha256_file
+from pocl_dist.files import JSONValue, sha256_file
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -68,7 +69,8 @@ def write_share(share: dict[str, torch.Tensor], file: Path) -> dict[str, JSONVal
 
     failpoint("checkpoint.before_write")
     save_file(share, file)
-    fsync_file(file)
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
     digest = sha256_file(file)
     failpoint("checkpoint.after_write")
     return {"path": file.name, "bytes": file.stat().st_size, "sha256": digest}

@@ -14,7 +14,6 @@ from pocl_dist.distributed.checkpoint import (
     agree_on_digest,
     find_checkpoint,
 )
-from pocl_dist.distributed.checkpoint_share import package_versions
 from pocl_dist.distributed.checkpoint_write import CheckpointWriter
 from pocl_dist.distributed.collectives import barrier
 from pocl_dist.distributed.engine import num_micro_batches
@@ -205,11 +204,6 @@ def _say_start(config: Config, rank: Rank, checkpoint: Checkpoint | None) -> Non
     engine = config.engine
     if checkpoint is not None:
         print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
-        here = package_versions()
-        others = {name: v for name, v in checkpoint.versions.items() if here.get(name) != v}
-        if others:
-            now = {name: here.get(name) for name in others}
-            print(f"WARNING: it was written with {others}, this is {now}", flush=True)
     num_batches = num_micro_batches(
         engine.global_batch_size, rank.world_size, engine.micro_batch_size
     )
