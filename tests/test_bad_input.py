@@ -226,6 +226,16 @@ def test_bad_rows_on_a_finished_run_do_not_break_its_seal(command: Command, conf
     assert kept["seed"] == 42
 
 
+def test_what_a_killed_run_left_half_written_is_gone_also_when_the_next_command_is_refused(
+    command: Command, config: Path
+) -> None:
+    leftover = config.parent / "run" / "checkpoints" / ".tmp-step-00000007" / "weights"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
+    assert command("plan", config, "data.train=nowhere.jsonl").code == 66
+    assert not leftover.parent.exists()
+
+
 def test_the_outcome_of_a_run_can_be_asked_for_later(command: Command, config: Path) -> None:
     run_dir = config.parent / "run"
     assert command("outcome", run_dir).code == 66

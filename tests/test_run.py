@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pocl_dist.files import atomic_write_json, read_json
+from pocl_dist.pipeline import verify_result
 from pocl_dist.pipeline.manifest import write_manifest
 from pocl_dist.pipeline.run_format import FILES
 from pocl_dist.pipeline.verify import find_changes
@@ -230,6 +231,12 @@ def test_a_change_of_a_finished_run_that_was_sealed_anew_breaks_the_chain(
     findings = find_changes(root)
     assert any(finding in line for line in findings), findings
     assert not any("sha256 differs" in line for line in findings)
+
+
+def test_verify_knows_a_checkpoint_s_manifest_by_its_name() -> None:
+    from pocl_dist.distributed import checkpoint
+
+    assert verify_result.CHECKPOINT_MANIFEST == checkpoint.MANIFEST
 
 
 def test_distill_also_works_under_torchrun(

@@ -110,6 +110,10 @@ def test_one_flipped_bit_anywhere_in_the_status_is_found(tmp_path: Path) -> None
             path.write_bytes(bytes(flipped))
             with pytest.raises(MismatchError, match=r"status\.json: "):
                 read_status(path)
+    for more in (b"\n", b" "):  # the same values, but not the same bytes
+        path.write_bytes(content + more)
+        with pytest.raises(MismatchError, match="its digest differs"):
+            read_status(path)
 
 
 @pytest.mark.parametrize(

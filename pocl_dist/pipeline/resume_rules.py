@@ -72,6 +72,10 @@ FREE: Mapping[str, str] = MappingProxyType(
 )
 
 
+# The record of a run without top-k cache has `teacher.top_k: null`, whatever the config says.
+_RECORDED_AS = {"teacher.source": ("teacher.top_k",)}
+
+
 @dataclass(frozen=True)
 class Rule:
     """One row of the table: the results that refuse another value, or why it is free."""
@@ -134,7 +138,7 @@ def rules() -> list[Rule]:
     records = records_of(config, Plan((), ()))
     found = []
     for key in schema_keys():
-        leaves = set(select_keys(config, [key]))
+        leaves = set(select_keys(config, [key, *_RECORDED_AS.get(key, ())]))
         refused_by = tuple(name for name, record in records.items() if leaves & set(record))
         found.append(Rule(key, refused_by, FREE.get(key, "")))
     return found

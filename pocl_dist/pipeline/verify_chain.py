@@ -9,59 +9,24 @@ found here. Rows and models outside of the folder are not read again: the steps 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from pocl_dist.config import Config, load_config
+from pocl_dist.config import load_config
 from pocl_dist.data.sources import read_rows
 from pocl_dist.errors import PoclError
-from pocl_dist.files import JSONValue, digest_of, read_json
-from pocl_dist.models.sources import MARKER, ModelFolder, model_digest
-from pocl_dist.pipeline import cache_inputs, difficulty_files, evaluate, generated_files, plan
-from pocl_dist.pipeline.inputs import result_inputs
-from pocl_dist.pipeline.report import results
+from pocl_dist.pipeline import (
+    cache_inputs,
+    difficulty_files,
+    generated_files,
+    plan,
+    verify_result,
+)
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.verify_records import Chain, Record, differing, same
 from pocl_dist.teacher.cache_files import HEAD, read_entry
 
-Record = Mapping[str, JSONValue]
-# The same as distributed.checkpoint.MANIFEST, which loads torch; a seal may lie beside it.
-CHECKPOINT_MANIFEST = "MANIFEST.json"
-CHECKPOINT_SEAL = "MANIFEST.json.sha256"
 SHARD_SEAL = ".seal"
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The run, its config, and the hash of every file that could be read."""
-
-    run: RunDirectory
-    config: Config
-    sha256: Mapping[str, str]
-
-    def record(self, name: str) -> Record:
-        """Returns a record of the run; empty when it is not there (the manifest tells)."""
-        return read_json(self.run.root / name) if name in self.sha256 else {}
-
-    def names(self, folder: str, suffix: str = "") -> list[str]:
-        """Returns the files below a folder, sorted."""
-        return sorted(
-            name for name in self.sha256 if name.startswith(folder) and name.endswith(suffix)
-        )
-
-
-def _differing(name: str, found: Record, expected: Record, source: str) -> Iterator[str]:
-    for key, value in sorted(expected.items()):
-        if found.get(key) != value:
-            yield f"{name}: {key} is {found.get(key)!r}, in {source} {value!r}"
-
-
-def _same(name: str, key: str, record: Record, other: str, other_key: str, theirs: Record) -> str:
-    """Returns a finding when two records name different digests of the same thing."""
-    mine, expected = record.get(key), theirs.get(other_key)
-    if not record or not theirs or mine == expected:
-        return ""
-    return f"{name}: {key} is {mine}, but {other} has {expected}"
 
 
 def _shards(chain: Chain) -> Iterator[str]:
@@ -75,7 +40,7 @@ def _difficulty(chain: Chain) -> Iterator[str]:
     name = "difficulty/inputs.json"
     if name in chain.sha256 and plan.needs_difficulty(chain.config):
         expected = difficulty_files.config_keys(chain.config)
-        yield from _differing(name, chain.record(name), expected, "config.yaml")
+        yield from differing(name, chain.record(name), expected, "config.yaml")
 
 
 def _plan(chain: Chain) -> Iterator[str]:
@@ -83,21 +48,21 @@ def _plan(chain: Chain) -> Iterator[str]:
         return
     plan.read_plan(chain.run.plan)  # its digest, and the ranking beside it
     inputs = cast("Record", chain.record("plan.json")["inputs"])
-    yield from _differing("plan.json", inputs, plan.config_keys(chain.config), "config.yaml")
+    yield from differing("plan.json", inputs, plan.config_keys(chain.config), "config.yaml")
     if not plan.needs_difficulty(chain.config):
         return
     records = difficulty_files.read_records(chain.run.difficulty)
     if inputs.get("difficulty sha256") != plan.scores_digest(records):
         yield "plan.json: was made from other scores than those in difficulty/"
     key, source = "data.train sha256", "difficulty/inputs.json"
-    yield _same("plan.json", key, inputs, source, key, chain.record(source))
+    yield same("plan.json", key, inputs, source, key, chain.record(source))
 
 
 def _generated(chain: Chain) -> Iterator[str]:
     name = "generated/inputs.json"
     expected = generated_files.config_inputs(chain.config)
     if name in chain.sha256:
-        yield from _differing(name, chain.record(name), expected, "config.yaml")
+        yield from differing(name, chain.record(name), expected, "config.yaml")
     if chain.config.data.responses == "teacher" and "plan.json" in chain.sha256:
         file = generated_files.generated_data_set(chain.config)
         inputs = cast("Record", chain.record("plan.json")["inputs"])
@@ -124,119 +89,9 @@ def _cache(chain: Chain) -> Iterator[str]:
     if name not in chain.sha256 or not chain.config.teacher.source.startswith("cache_"):
         return
     expected = cache_inputs.config_keys(chain.config, plan.read_plan(chain.run.plan))
-    yield from _differing(name, chain.record(name), expected, "config.yaml and plan.json")
+    yield from differing(name, chain.record(name), expected, "config.yaml and plan.json")
     inputs, key = cast("Record", chain.record("plan.json")["inputs"]), "data.train sha256"
-    yield _same(name, key, chain.record(name), "plan.json", key, inputs)
-
-
-def _checkpoints(chain: Chain) -> Iterator[str]:
-    name = "checkpoints/inputs.json"
-    record = chain.record(name)
-    if record:
-        yield from _differing(name, record, result_inputs(chain.config), "config.yaml")
-        made = plan.read_plan(chain.run.plan)
-        stages = [stage.to_json() for stage in made.stages]
-        if record.get("digest.plan") != digest_of(cast("JSONValue", [list(made.ranking), stages])):
-            yield f"{name}: digest.plan is not that of plan.json"
-        inputs = cast("Record", chain.record("plan.json")["inputs"])
-        yield _same(name, "digest.data", record, "plan.json", "data.train sha256", inputs)
-        if plan.needs_difficulty(chain.config):
-            source, key = "difficulty/inputs.json", "models.student model sha256"
-            yield _same(name, "digest.student", record, source, key, chain.record(source))
-        if chain.config.teacher.source.startswith("cache_"):
-            source, key = "teacher_cache/inputs.json", "models.teacher model sha256"
-            yield _same(name, "digest.teacher", record, source, key, chain.record(source))
-
-
-def _checkpoint_files(chain: Chain) -> Iterator[str]:
-    folders = {name.split("/")[1] for name in chain.names("checkpoints/step-")}
-    for folder in sorted(folders):
-        yield from _checkpoint(chain, f"checkpoints/{folder}")
-
-
-def _checkpoint(chain: Chain, folder: str) -> Iterator[str]:
-    """A checkpoint against its own manifest; one that was set aside (`bad-...`) is known to be."""
-    manifest = f"{folder}/{CHECKPOINT_MANIFEST}"
-    if manifest not in chain.sha256:
-        yield f"{manifest}: missing"
-        return
-    record = chain.record(manifest)
-    rows = cast("list[dict[str, JSONValue]]", record["files"])
-    listed = {f"{folder}/{row['path']}": row["sha256"] for row in rows}
-    for name, sha256 in listed.items():
-        if chain.sha256.get(name) != sha256:
-            yield f"{name}: is not what {manifest} says"
-    seal = f"{folder}/{CHECKPOINT_SEAL}"
-    for name in chain.names(f"{folder}/"):
-        if name not in listed and name not in (manifest, seal):
-            yield f"{name}: not listed in {manifest}"
-    if seal in chain.sha256:
-        expected = f"{chain.sha256[manifest]}  {CHECKPOINT_MANIFEST}\n".encode()
-        if (chain.run.root / seal).read_bytes() != expected:
-            yield f"{manifest}: does not match {seal}"
-    inputs = chain.record("checkpoints/inputs.json")
-    digests = cast("Record", record.get("digests") or {})
-    for key in ("data", "plan", "student", "teacher", "tokenizer"):
-        if key in digests and inputs:
-            yield _same(manifest, key, digests, "inputs.json", f"digest.{key}", inputs)
-    if folder != f"checkpoints/step-{int(cast('int', record['step'])):08d}":
-        yield f"{manifest}: is of step {record['step']}"
-
-
-def _init_student(chain: Chain) -> Iterator[str]:
-    training, cut = chain.record("checkpoints/inputs.json"), f"init_student/{MARKER}"
-    if cut in chain.sha256 and chain.config.models.student.init_layers is not None:
-        made = chain.record(cut)
-        yield _same(cut, "digest.teacher", made, "checkpoints", "digest.teacher", training)
-        found = {"digest": model_digest(ModelFolder(chain.run.init_student, "init_student"))}
-        yield _same("init_student", "digest", found, "checkpoints", "digest.student", training)
-
-
-def _export(chain: Chain) -> Iterator[str]:
-    training, export = chain.record("checkpoints/inputs.json"), f"export/{MARKER}"
-    if export not in chain.sha256:
-        return
-    record = chain.record(export)
-    yield from _differing(export, record, result_inputs(chain.config), "config.yaml")
-    if record.get("plan sha256") != chain.sha256.get("plan.json"):
-        yield f"{export}: was made from another plan.json"
-    for key in ("digest.student", "digest.teacher"):
-        yield _same(export, key, record, "checkpoints/inputs.json", key, training)
-
-
-def _eval(chain: Chain) -> Iterator[str]:
-    reports = chain.names("eval/", "/report.json")
-    inputs = [name for name in chain.names("eval/", ".json") if "/inputs" in name]
-    if not reports and not inputs:
-        return
-    student = model_digest(ModelFolder(chain.run.export, "export"))
-    training = chain.record("checkpoints/inputs.json")
-    of_model = {
-        "student model sha256": student,
-        "teacher model sha256": training.get("digest.teacher"),
-        "student_before model sha256": training.get("digest.student"),
-    }
-    for name in inputs:
-        record = chain.record(name)
-        expected = evaluate.config_keys(chain.config)
-        expected |= {key: value for key, value in of_model.items() if key in record}
-        yield from _differing(name, record, expected, "config.yaml, or of the model, ")
-    for name in reports:
-        if chain.record(name).get("model") != student:
-            yield f"{name}: is of another model than export/"
-
-
-def _report(chain: Chain) -> Iterator[str]:
-    record = chain.record("report.json")
-    if not record:
-        return
-    expected = results(chain.run)
-    evals, theirs = (cast("Record", value["eval"]) for value in (record, expected))
-    stale = [name for name in evals if evals[name] != theirs.get(name)]
-    if record["stages"] != expected["stages"]:
-        yield "report.json: is not about metrics.jsonl as it is; run `pocl-dist report`"
-    for name in stale:
-        yield f"report.json: is not about eval/{name}/report.json as it is; run `pocl-dist report`"
+    yield same(name, key, chain.record(name), "plan.json", key, inputs)
 
 
 _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
@@ -246,12 +101,12 @@ _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
     ("generated", _generated),
     ("teacher_cache", _cache_entries),
     ("teacher_cache/inputs.json", _cache),
-    ("checkpoints/inputs.json", _checkpoints),
-    ("checkpoints", _checkpoint_files),
-    ("init_student", _init_student),
-    ("export", _export),
-    ("eval", _eval),
-    ("report.json", _report),
+    ("checkpoints/inputs.json", verify_result.checkpoints),
+    ("checkpoints", verify_result.checkpoint_files),
+    ("init_student", verify_result.init_student),
+    ("export", verify_result.export),
+    ("eval", verify_result.eval),
+    ("report.json", verify_result.report),
 )
 
 
