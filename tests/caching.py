@@ -138,10 +138,10 @@ class Troubled(CacheWorker):
         row_hiddens = cache_worker.row_hiddens
 
         def troubled(model, batch, rows):  # type: ignore[no-untyped-def]
-            if {batch.example_ids[row] for row in rows} & self.failing:
-                raise IndexError("index out of range in self")
             if len(rows) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
+            if {batch.example_ids[row] for row in rows} & self.failing:
+                raise IndexError("index out of range in self")
             return row_hiddens(model, batch, rows)
 
         cache_worker.row_hiddens = troubled  # of this actor's process alone

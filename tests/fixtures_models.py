@@ -92,10 +92,10 @@ class Troubled(ModelWorker):
         ids = {batch.examples[row].example_id for row in rows}
         if ids & self.deadly:
             os._exit(9)
-        if ids & self.failing:
-            raise IndexError("index out of range in self")
         if len(rows) > self.max_rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+        if ids & self.failing:
+            raise IndexError("index out of range in self")
 
 
 class WaitsOnItsNode(ModelWorker):

@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from pocl_dist.config import Config
+from pocl_dist.distributed import ray_session as session
 from pocl_dist.pipeline import actor_pass
 from pocl_dist.pipeline.difficulty_files import read_records
 from pocl_dist.pipeline.measure import measure
@@ -28,6 +29,8 @@ from tests.test_ray_passes import files_of, make_all
 pytestmark = pytest.mark.slow
 Pair = tuple[Path, Path, Path]
 ROOT = Path(__file__).parents[1]
+# Most are gone in 3 seconds: Ray's own go with the driver, its workers when they miss them.
+MAX_ORPHAN_SECONDS = 60.0
 
 
 def records_of(run: RunDirectory) -> dict[str, DifficultyRecord]:
@@ -61,15 +64,13 @@ def test_every_actor_killed_once_or_twice_changes_nothing(
 
 
 @contextlib.contextmanager
-def two_nodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Starts a cluster of two nodes with a CPU each on this machine, with token authentication."""
     from ray.cluster_utils import Cluster
 
-    token = folder / "token"
-    token.touch(0o600)
-    token.write_text("0123456789abcdef" * 4)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    # The token of this process's earlier sessions: Ray reads one only once.
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(session._token_file()))
     ray._raylet.Config.initialize("")
     node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
@@ -87,7 +88,7 @@ def test_a_node_that_is_lost_changes_nothing(
     ray.cloudpickle.register_pickle_by_value(sys.modules[fixtures_models.__name__])
     monkeypatch.setattr(WaitsOnItsNode, "folder", tmp_path)
     monkeypatch.setattr(actor_pass, "ModelWorker", WaitsOnItsNode)
-    with two_nodes(tmp_path, monkeypatch) as cluster:
+    with two_nodes(monkeypatch) as cluster:
 
         def lose_the_second() -> None:
             deadline = time.monotonic() + 120
@@ -137,11 +138,11 @@ def test_a_driver_that_is_killed_leaves_no_process_and_the_same_command_goes_on(
     killed, peace = runs
     config, mark = tmp_path / "killed" / "config.yaml", f"mark-{os.getpid()}-{step}"
     assert run_step(step, config, mark, "pass.after_shard=kill@2") == -signal.SIGKILL
-    deadline = time.monotonic() + 20
-    while (left := processes_of(mark)) and time.monotonic() < deadline:
+    started = time.monotonic()
+    while (left := processes_of(mark)) and time.monotonic() < started + MAX_ORPHAN_SECONDS:
         time.sleep(0.2)
-    print(f"{step}: no process left {20 - deadline + time.monotonic():.1f} s after the kill")
-    assert not left
+    print(f"{step}: no process left {time.monotonic() - started:.1f} s after the kill")
+    assert not left, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
     finished = {path: path.stat().st_mtime_ns for path in killed.root.rglob("shard-*.parquet")}
     assert run_step(step, config, mark) == 0
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())

@@ -48,6 +48,10 @@ class Words:
         return [Words(self.words[:middle]), Words(self.words[middle:])] if middle else []
 
 
+class AcceleratorError(RuntimeError):
+    """Named as torch's: after it no call on the device works."""
+
+
 class Doubler:
     """Doubles words."""
 
@@ -63,6 +67,9 @@ class Doubler:
         if "die" in shard.words or ("die once" in shard.words and not marker.exists()):
             marker.touch()
             os._exit(9)
+        if "break once" in shard.words and not marker.exists():
+            marker.touch()
+            raise AcceleratorError("CUDA error: device-side assert triggered")
         if "bad row" in shard.words:
             raise DataError("train.jsonl:3: is bad")
         if "full disk" in shard.words:
@@ -90,15 +97,19 @@ def test_every_shard_is_done_once(
     assert sorted(results) == [(f"shard {n}", [[f"{n}{n}"]]) for n in range(6)]
 
 
+@pytest.mark.parametrize(
+    ("word", "reason"), [("die once", "attempt 1 of 3; trying again"), ("break once", "CUDA error")]
+)
 def test_a_lost_shard_is_done_again(
-    ray_pool: Callable[..., ActorPool[object]], tmp_path: Path
+    ray_pool: Callable[..., ActorPool[object]], tmp_path: Path, word: str, reason: str
 ) -> None:
     notes: list[str] = []
     with ray_pool(tmp_path, note=notes.append) as pool:
-        shards = {"a": one("1"), "b": one("die once"), "c": one("3")}
+        shards = {"a": one("1"), "b": one(word), "c": one("3")}
         results = dict(pool.map("work", shards))
-    assert results == {"a": [["11"]], "b": [["die oncedie once"]], "c": [["33"]]}
+    assert results == {"a": [["11"]], "b": [[2 * word]], "c": [["33"]]}
     assert len(notes) == 1 and notes[0].startswith("b: its actor died, attempt 1 of 3")
+    assert reason in notes[0]
 
 
 def test_a_shard_that_kills_its_actor_each_time_is_named(
