@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,17 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Pat
     teacher = write_llama(folder / "teacher", hidden=32, layers=2, seed=1, num_phantom=8)
     student = write_llama(folder / "student", hidden=16, layers=2, seed=2)
     return teacher, student, write_rows(folder / "train.jsonl", 24)
+
+
+@pytest.fixture(scope="module")
+def gloo_rank() -> Iterator[object]:
+    """Returns this process as the only rank of a real gloo group."""
+    import torch.distributed as dist
+
+    from pocl_dist.distributed.process_group import join_process_group
+
+    before = dict(os.environ)
+    yield join_process_group(30)
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,18 +22,9 @@ from tests.tiny import write_config
 STAGES = (Stage(0, 4, 1.0, 0.7, 1, 2), Stage(1, 8, 2.0, 1.0, 1, 3))
 
 
-@pytest.fixture(scope="module")
-def rank() -> Iterator[object]:
-    """Returns this process as the only rank of a real gloo group."""
-    import torch.distributed as dist
-
-    from pocl_dist.distributed.process_group import join_process_group
-
-    before = dict(os.environ)
-    yield join_process_group(30)
-    dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
+@pytest.fixture
+def rank(gloo_rank: object) -> object:
+    return gloo_rank
 
 
 def make(tmp_path: Path, rank: object, has_dev: bool = False, **sections: object) -> Coordinator:

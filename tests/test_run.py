@@ -262,6 +262,18 @@ def test_distill_also_works_under_torchrun(
     assert subprocess.run(command("verify", str(tmp_path / "run"))).returncode == 0
 
 
+def rank_pids(run_dir: Path) -> list[int]:
+    """Returns the process ids of the ranks of the latest start."""
+    signs = sorted((run_dir / "control" / "ranks").glob("rank-*.json"))
+    return [json.loads(path.read_text())["pid"] for path in signs]
+
+
+def is_alive(pid: int) -> bool:
+    """Returns whether the process runs; one that nobody has waited for yet does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
 def _export_tensors(run_dir: Path) -> dict[str, object]:
     from safetensors.torch import load_file
 
@@ -285,11 +297,12 @@ def test_a_killed_rank_is_named_and_the_ranks_are_started_again_to_the_same_end(
     )  # fmt: skip
     run_dir = tmp_path / "killed" / "run"
     wait_for_steps(run_dir / "metrics.jsonl", 5, process)
-    victim = json.loads((run_dir / "control" / "ranks" / "rank-00001.json").read_text())
-    os.kill(victim["pid"], signal.SIGKILL)
+    first, victim = rank_pids(run_dir)
+    os.kill(victim, signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
-    assert f"rank 1 (process {victim['pid']} on " in output
+    assert not any(map(is_alive, [first, victim, *rank_pids(run_dir)]))
+    assert f"rank 1 (process {victim} on " in output
     assert "distill: restart 1 of 1, from step" in output
     assert subprocess.run(command("verify", str(run_dir))).returncode == 0
     calm = write_config(tmp_path / "calm", *tiny_pair, **sections)
