@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ import traceback
 from pathlib import Path
 
 from tests.chaos.experiments import EXPERIMENTS
+from tests.chaos.jobs import end_all
 from tests.chaos.lab import Lab
 from tests.chaos.result import Result, table, write_table
 
@@ -22,6 +24,8 @@ def _run(name: str, lab: Lab) -> Result:
     except Exception as error:  # an experiment that breaks is one that failed, the others go on
         traceback.print_exc()
         result = Result("broke off", lab.seed, failures=[f"{type(error).__name__}: {error}"[:300]])
+    finally:
+        end_all()
     result.seconds = time.monotonic() - started
     return result
 
@@ -36,6 +40,7 @@ def main() -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that jobs are ended, see `_run`
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"chaos: seed {seed}, scale {scale:g}, in {folder}", flush=True)
     lab, results = Lab(folder, seed, scale), dict[str, Result]()

@@ -78,6 +78,16 @@ def processes_of(mark: str, seen: dict[int, str]) -> list[Process]:
     return list(found.values())
 
 
+_started: list[Job] = []
+
+
+def end_all() -> None:
+    """Kills what is left of every job that this process has started."""
+    for job in _started:
+        job.end()
+    _started.clear()
+
+
 class Job:
     """A command under way. Its output goes to a file, which is kept for diagnosis."""
 
@@ -99,6 +109,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        _started.append(self)
 
     def output(self) -> str:
         """Returns what the job has printed so far."""

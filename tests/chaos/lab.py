@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -44,7 +45,15 @@ class TrainingOutcome:
         return not self.errors and all(code == 0 for code in self.codes)
 
 
+def log_to_file(config_path: str) -> None:
+    """Sends what this process and its libraries print to `log.txt` beside the config."""
+    stream = Path(config_path).with_name("log.txt").open("ab")
+    for number in (1, 2):
+        os.dup2(stream.fileno(), number)
+
+
 def _train(config_path: str, environment: dict[str, str]) -> None:
+    log_to_file(config_path)
     os.environ.update(environment)
     from pocl_dist.pipeline.distill import distill_rank
 
@@ -107,7 +116,8 @@ class Lab:
         }
         path = write_config(folder, *self.pair, **_merged(defaults, sections))
         config = load_config([path])
-        make_plan(config, RunDirectory(Path(config.run_dir)))
+        with contextlib.redirect_stdout(None):
+            make_plan(config, RunDirectory(Path(config.run_dir)))
         return path
 
     def whole_config(self, folder: Path, has_all_steps: bool = False, **sections: object) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pocl_dist.config import load_config
 from pocl_dist.pipeline.run_directory import RunDirectory
 from tests.chaos.compare import fingerprint
-from tests.chaos.lab import Lab
+from tests.chaos.lab import Lab, log_to_file
 from tests.chaos.result import Result
 
 
@@ -17,6 +17,7 @@ def _train(config_path: str, rank: int, first: int, last: int) -> None:
     from pocl_dist.pipeline import train_step
     from pocl_dist.pipeline.distill import distill_rank
 
+    log_to_file(config_path)
     config, num_seen = load_config([config_path]), 0
     forward_backward = train_step._forward_backward
 

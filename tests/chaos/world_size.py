@@ -9,7 +9,7 @@ from pathlib import Path
 from pocl_dist.config import load_config
 from pocl_dist.files import read_json_lines
 from pocl_dist.pipeline.run_directory import RunDirectory
-from tests.chaos.lab import Lab
+from tests.chaos.lab import Lab, log_to_file
 from tests.chaos.result import Result
 
 NEXT_STEPS = 20
@@ -23,6 +23,7 @@ def _train(config_path: str, stop_after: int | None, ids_file: str) -> None:
     from pocl_dist.errors import StoppedError
     from pocl_dist.pipeline import distill as step
 
+    log_to_file(config_path)
     config = load_config([config_path])
     run = RunDirectory(Path(config.run_dir))
     digest = step.applied_digest
