@@ -46,8 +46,7 @@ def planned_run(folder: Path, ordering: str = "curriculum") -> Path:
         names = [f"row-{index:03d}" for index in range(12)]
         for number, part in enumerate((names[:6], names[6:])):
             records = [_record(name, place + 10 * number) for place, name in enumerate(part)]
-            file = run.difficulty / f"shard-{number:05d}.parquet"
-            difficulty_files.write_records(file, DifficultyRecord, records)
+            difficulty_files.write_difficulty(run.difficulty, f"shard-{number:05d}", records, 0)
     run_step("plan", make_plan, config, run)
     run.write_status("done", 0, "plan")
     return run.root
@@ -247,8 +246,7 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(root: Path) -> Non
 
 def _other_score(root: Path) -> None:
     records = [_record(f"row-{index:03d}", 3 * index) for index in range(6)]
-    path = root / "difficulty" / "shard-00000.parquet"
-    difficulty_files.write_records(path, DifficultyRecord, records)
+    difficulty_files.write_difficulty(root / "difficulty", "shard-00000", records, 0)
 
 
 def _edit_json(path: Path, **values: object) -> None:
@@ -276,7 +274,7 @@ RESEALED: dict[str, Callable[[Path], object]] = {
     "plan.json: data.train sha256 is": lambda root: _edit_json(
         root / "difficulty" / "inputs.json", **{"data.train sha256": "0" * 64}
     ),
-    "plan.json: cannot be followed: DataError": _damaged_shard,
+    "difficulty/shard-00001.parquet: is not what": _damaged_shard,
     "config.yaml: ": lambda root: (root / "config.yaml").write_text("run_dir: [1, 2"),
     "eval/x/shard-1.json: is not what eval/x/shard-1.json.seal says": lambda root: (
         atomic_write_text(root / "eval" / "x" / "shard-1.json", "{}"),

@@ -22,6 +22,7 @@ from pocl_dist.records import Plan
 _COMPUTED = "the same result, computed otherwise (to rounding)"
 _SPEED = "speed and waiting only"
 _ROWS = "what counts is which rows come out: their digest is compared"
+_FAULTS = "the next step that is not finite is treated by the new rule"
 _SHOWN = "what is shown and kept besides the result"
 
 FREE: Mapping[str, str] = MappingProxyType(
@@ -62,6 +63,12 @@ FREE: Mapping[str, str] = MappingProxyType(
         "checkpoint.every_minutes": _SHOWN,
         "checkpoint.keep_last": _SHOWN,
         "checkpoint.keep_stage_ends": _SHOWN,
+        "checkpoint.asynchronous": _SPEED,
+        "checkpoint.mtbf_hours": _SHOWN,
+        "nonfinite.max_in_row": _FAULTS,
+        "nonfinite.max_dumps": _SHOWN,
+        "nonfinite.rewind": _FAULTS,
+        "nonfinite.max_rewinds": _FAULTS,
         "resume.on_damage": "a rule for this attempt",
         "resume.strict_versions": "a rule for this attempt",
         "run.max_wallclock_minutes": "a rule for this attempt",
