@@ -29,8 +29,8 @@ from tests.test_ray_passes import files_of, make_all
 pytestmark = pytest.mark.slow
 Pair = tuple[Path, Path, Path]
 ROOT = Path(__file__).parents[1]
-# Most are gone in 3 seconds: Ray's own go with the driver, its workers when they miss them.
-MAX_ORPHAN_SECONDS = 60.0
+# Most are gone in 3 seconds; agents of Ray that were still starting look for it a minute or two.
+MAX_ORPHAN_SECONDS = 150.0
 
 
 def records_of(run: RunDirectory) -> dict[str, DifficultyRecord]:

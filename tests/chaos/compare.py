@@ -28,7 +28,10 @@ def _digest(path: Path) -> str:
 
 
 def _plan(path: Path) -> str:
-    plan = json.loads(path.read_text())
+    try:
+        plan = json.loads(path.read_text())
+    except ValueError:
+        return "not readable"
     return digest_of([plan["ranking"], plan["stages"]])
 
 
