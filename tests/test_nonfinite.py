@@ -317,6 +317,7 @@ def test_it_goes_back_to_before_the_last_step_that_changed_a_weight(
     target: int | None,
 ) -> None:
     from pocl_dist.curriculum.coordinator import Progress
+    from pocl_dist.distributed.checkpoint_write import CheckpointWriter
     from pocl_dist.pipeline.rewind import step_to_go_back_to
 
     for step in checkpoints:
@@ -327,6 +328,7 @@ def test_it_goes_back_to_before_the_last_step_that_changed_a_weight(
         coordinator=SimpleNamespace(progress=progress),
         run=RunDirectory(tmp_path),
         rank=gloo_rank,
+        writer=CheckpointWriter(tmp_path / "checkpoints", gloo_rank, lambda: None),
     )
     assert step_to_go_back_to(training) == target  # type: ignore[arg-type]
 

@@ -119,11 +119,16 @@ class Watchdog:
     def missing(self) -> str:
         """Returns a line about ranks that give no sign of life any more; empty if all do.
 
-        Asked for when a collective broke: looks for the dead of this machine at once, and waits
-        two ticks to see who of the other machines goes silent.
+        Asked for when a collective broke: looks for the dead of this machine for up to a tick (a
+        killed process closes its connections before it is gone), then waits two ticks more to see
+        who of the other machines goes silent.
         """
         rows = self._rows()
-        dead = [row for row in rows if self._is_dead(row)]
+        ends_at = time.monotonic() + self.tick_seconds
+        while not (dead := [row for row in rows if self._is_dead(row)]):
+            if time.monotonic() >= ends_at:
+                break
+            time.sleep(0.05)
         if not dead and any(row.get("host") != socket.gethostname() for row in rows):
             before = {row["rank"]: row.get("count") for row in rows}
             time.sleep(2.5 * self.tick_seconds)
