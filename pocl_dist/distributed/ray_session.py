@@ -97,10 +97,15 @@ def _one_line(error: BaseException | str) -> str:
 
 def _initialise(what: str, **options: object) -> None:
     import ray
+    from ray.exceptions import RayError
 
+    known = (RayError, RuntimeError, ConnectionError, TimeoutError, ValueError)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)  # type: ignore[arg-type]
-    except Exception as error:  # a daemon that dies while it starts: Ray raises a bare Exception
+    except Exception as error:
+        # A daemon that dies while it starts: Ray raises a bare Exception. Any other is a bug.
+        if type(error) is not Exception and not isinstance(error, known):
+            raise
         raise UnavailableError(f"{what}: {_one_line(error)}") from error
 
 
