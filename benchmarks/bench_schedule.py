@@ -1,6 +1,6 @@
 """The whole four-stage schedule, the teacher beside the student against the teacher from a cache.
 
-    python benchmarks/bench_schedule.py [--data FILE] [--rows 48] [--visits 5] --json
+    python benchmarks/bench_schedule.py [--data FILE] [--rows 40] [--visits 5] --json
 
 SmolLM2-135M-Instruct and 8 of its 30 layers, `configs/smollm2_cpu.yaml` as it is shipped (two
 ranks, ZeRO-3), rows in random order (the order costs nothing here). Each side is a `pocl-dist run`
@@ -136,7 +136,7 @@ def take_rows(given: Path | None, num_rows: int, folder: Path) -> Path:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help=f"rows (default: {ROWS.name} of the shared data)")
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--visits", type=float, default=5.0, help="visits of a row in the mean")
     parser.add_argument("--json", action="store_true", help="the last line is JSON (it always is)")
     parser.add_argument("words", nargs="*", metavar="section.key=value", help="for both sides")
