@@ -114,7 +114,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.pipeline.run_format import check_run_directory
     from pocl_dist.pipeline.run_lock import check_not_fenced, run_lock
     from pocl_dist.pipeline.run_step import run_step
-    from pocl_dist.pipeline.stop_request import mark_start
+    from pocl_dist.pipeline.stop_request import StopRequest, mark_start
 
     # A path may hold a "=" too, but has a slash or a dot before it that no key has.
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
@@ -141,6 +141,9 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     is_child = is_rank and os.environ.get("POCL_DIST_PARENT") == str(run.root.resolve())
     is_owner = not is_child and (not is_rank or os.environ["RANK"] == "0")
     with contextlib.ExitStack() as stack:
+        if not is_rank and command != "run":  # which asks, and looks, itself
+            stop = StopRequest(run, config.run.max_wallclock_minutes)
+            stack.enter_context(stop.installed())
         if is_owner:
             check_run_directory(run.root, config.resume.strict_versions)
             stack.enter_context(run_lock(run.root))

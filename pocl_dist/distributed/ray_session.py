@@ -17,12 +17,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 from pocl_dist.config import RayConfig
 from pocl_dist.distributed import ray_reaper
+from pocl_dist.distributed.ray_watch import DaemonWatch
 from pocl_dist.errors import ConfigError, RefusedError, UnavailableError
 from pocl_dist.guards import shown
 
@@ -195,12 +196,27 @@ def _join_cluster(address: str, timeout_seconds: float) -> None:
     _initialise(f"ray.address: could not join {address}", address=address)
 
 
+def _shut_down() -> None:
+    import ray
+
+    if ray.is_initialized():  # else its start has failed
+        ray.shutdown()
+
+
+def _head_address() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
 @contextlib.contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
+def ray_session(config: RayConfig, on_lost: Callable[[str], None] | None = None) -> Iterator[None]:
     """Holds a connection to Ray; on exit its processes, devices, files are gone (a cluster's stay).
 
-    Inside another session it changes nothing. Raises UnavailableError (69) when Ray cannot be
-    reached, RefusedError (77) when it would run, or runs, without a token.
+    Inside another session it changes nothing. `on_lost(reason)` is called, from any thread, when
+    Ray's daemons die; it must not return, since Ray will end this process with code 1. Raises
+    UnavailableError (69) when Ray cannot be reached, RefusedError (77) when it would run, or runs,
+    without a token.
     """
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         raise RefusedError(
@@ -225,12 +241,17 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         # Ray reads its environment once, at import; who imported it before us
         # did so without the token.
         ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
-        if config.address is None:
-            _start_local(config)
-        else:
-            _join_cluster(config.address, config.start_timeout_seconds)
-        try:
+        with contextlib.ExitStack() as stack:
+            if config.address is None:
+                stack.callback(shutil.rmtree, _private_folder() / "ray", ignore_errors=True)
+            else:
+                _join_cluster(config.address, config.start_timeout_seconds)
+            stack.callback(_shut_down)
+            if on_lost is not None:
+                head = None if config.address is None else _head_address()
+                watch = stack.enter_context(DaemonWatch(head, on_lost))
+            if config.address is None:
+                _start_local(config)
+                if on_lost is not None:
+                    watch.is_up = True
             yield
-        finally:
-            ray.shutdown()
-            shutil.rmtree(_private_folder() / "ray", ignore_errors=True)
