@@ -55,7 +55,11 @@ def _settings(file: Path, key: str) -> dict[str, JSONValue]:
         raise MissingInputError(f"{key}: no usable model: {error}") from error
 
 
-def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
+def check_model_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
+    """Raises MissingInputError (66) or RefusedError (77) for a folder that is no usable model.
+
+    Reads settings and the first bytes of the weights.
+    """
     if (folder / ADAPTER_SETTINGS).exists():  # transformers would load another model in its place
         raise MissingInputError(
             f"{key}: {folder} holds an adapter ({ADAPTER_SETTINGS}); "
@@ -151,13 +155,10 @@ def _from_gguf(file: Path, origin: str, key: str) -> ModelFolder:
     return ModelFolder(folder, origin)
 
 
-def find_model(
-    path: str, key: str, revision: str | None = None, trust_remote_code: bool = False
-) -> ModelFolder:
-    """Returns the local folder of a model named by the config key `key`.
+def local_model(path: str, key: str) -> Path | None:
+    """Returns the folder or GGUF file that `path` names on this machine, None for a hub id.
 
-    Raises MissingInputError (66), UnavailableError (69: hub not reachable) or RefusedError (77:
-    pickled weights, or code of its own without `trust_remote_code`).
+    Raises MissingInputError (66) for what is neither.
     """
     try:
         local = package_file(path) if path.startswith("package:") else Path(path)
@@ -168,19 +169,31 @@ def find_model(
             raise MissingInputError(
                 f"{key}: {path} is a file but not GGUF; name the model's folder"
             )
-        return _from_gguf(local, path, key)
+        return local
     if local.is_dir():
-        _check_folder(local, key, trust_remote_code)
-        return ModelFolder(local, path, trust_remote_code)
-    if (
-        local.suffix == ".gguf"
-        or local.is_absolute()
-        or path.startswith(".")
-        or path.count("/") != 1
-    ):
+        return local
+    is_hub_id = path.count("/") == 1 and not path.startswith(".") and local.suffix != ".gguf"
+    if local.is_absolute() or not is_hub_id:
         raise MissingInputError(f"{key}: {path} does not exist (looked at {local.resolve()})")
-    found = from_hub(path, revision, key, trust_remote_code)
-    _check_folder(found.folder, key, trust_remote_code)
+    return None
+
+
+def find_model(
+    path: str, key: str, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelFolder:
+    """Returns the local folder of a model named by the config key `key`.
+
+    Raises MissingInputError (66), UnavailableError (69: hub not reachable) or RefusedError (77:
+    pickled weights, or code of its own without `trust_remote_code`).
+    """
+    local = local_model(path, key)
+    if local is not None and local.is_file():
+        return _from_gguf(local, path, key)
+    if local is not None:
+        found = ModelFolder(local, path, trust_remote_code)
+    else:
+        found = from_hub(path, revision, key, trust_remote_code)
+    check_model_folder(found.folder, key, trust_remote_code)
     return found
 
 
