@@ -82,4 +82,5 @@ def outdated_packages() -> Iterator[str]:
         numbers = re.match(r"\d+(?:\.\d+)*", found)
         if numbers is None or tuple(map(int, numbers[0].split("."))) < minimum:
             wanted = ".".join(map(str, minimum))
-            yield f"{name} {found} has known security holes; install {name} >= {wanted} (SECURITY.md)"
+            hint = f"install {name} >= {wanted} (SECURITY.md)"
+            yield f"{name} {found} has known security holes; {hint}"

@@ -129,7 +129,7 @@ def _check_data(config: Config) -> Iterator[str]:
     if data.dev is None and curriculum.advance == "converged":
         yield "curriculum.advance: 'converged' needs data.dev"
     elif curriculum.advance == "converged" and config.dev.every is None:
-        yield ("curriculum.advance: 'converged' needs dev.every, the steps between dev evaluations")
+        yield "curriculum.advance: 'converged' needs dev.every, the steps between dev evaluations"
     if data.dev is None and config.export.select == "best_dev":
         yield "export.select: 'best_dev' needs data.dev"
 
