@@ -61,10 +61,10 @@ class ModelHeader:
         return embeddings[0] if len(embeddings) == 1 else None
 
 
-def read_model_header(path: Path, origin: str, key: str) -> ModelHeader:
+def read_model_header(path: Path, origin: str, key: str, has_weights: bool = True) -> ModelHeader:
     """Returns the header of a model folder or GGUF file, named by the config key `key`.
 
-    Raises MissingInputError (66) for files that are damaged, cut short or missing.
+    Without weights (the settings of a hub id alone) it has no tensors. Raises MissingInputError (66) for files that are damaged, cut short or missing.
     """
     if path.is_file():
         return _from_gguf(read_gguf_header(path, key), origin)
@@ -87,7 +87,7 @@ def read_model_header(path: Path, origin: str, key: str) -> ModelHeader:
         num_positions=_whole(text, _POSITIONS),
         is_tied=tied if isinstance(tied, bool) else None,
         settings=text,
-        tensors=tuple(read_folder_headers(path, key)),
+        tensors=tuple(read_folder_headers(path, key)) if has_weights else (),
     )
 
 

@@ -7,6 +7,8 @@ No pickled weights are read, and no code of a model is run unless the config say
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +91,9 @@ def from_hub(
 ) -> ModelFolder:
     """Returns the downloaded folder of a hub id (UnavailableError 69, MissingInputError 66)."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
+    with hub_errors(path, revision, key):
         folder = Path(
             snapshot_download(
                 path,
@@ -100,6 +101,16 @@ def from_hub(
                 allow_patterns=[*patterns, "*.py"] if trust_remote_code else patterns,
             )
         )
+    return ModelFolder(folder, path, trust_remote_code, commit=folder.name)
+
+
+@contextmanager
+def hub_errors(path: str, revision: str | None, key: str) -> Iterator[None]:
+    """Turns what the hub refuses into MissingInputError (66), UnavailableError (69)."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except HFValidationError as error:
         raise MissingInputError(
             f"{key}: {path!r} is neither a local folder or file nor a hub id"
@@ -112,7 +123,6 @@ def from_hub(
         raise MissingInputError(
             f"{key}: the hub has no {path!r} (revision {revision}): {error}"
         ) from error
-    return ModelFolder(folder, path, trust_remote_code, commit=folder.name)
 
 
 def _from_gguf(file: Path, origin: str, key: str) -> ModelFolder:
