@@ -19,7 +19,8 @@ def check_ranks(config: Config, num_gpus: int, ranks: int | None = None) -> None
     """
     engine = config.engine
     ranks = num_ranks(config, num_gpus) if ranks is None else ranks
-    if num_gpus and ranks > num_gpus:
+    is_here_alone = config.launch.ranks_with == "local"
+    if is_here_alone and num_gpus and ranks > num_gpus:
         raise ConfigError(
             f"engine.world_size: {ranks} ranks, but {num_gpus} GPU(s) are visible; lower it, "
             "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"

@@ -64,7 +64,8 @@ class ModelHeader:
 def read_model_header(path: Path, origin: str, key: str, has_weights: bool = True) -> ModelHeader:
     """Returns the header of a model folder or GGUF file, named by the config key `key`.
 
-    Without weights (the settings of a hub id alone) it has no tensors. Raises MissingInputError (66) for files that are damaged, cut short or missing.
+    Without weights (the settings of a hub id alone) it has no tensors. Raises MissingInputError
+    (66) for files that are damaged, cut short or missing.
     """
     if path.is_file():
         return _from_gguf(read_gguf_header(path, key), origin)

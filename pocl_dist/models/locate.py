@@ -16,7 +16,7 @@ _SETTINGS = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Located:
-    """Where settings and tokenizer of a model can be read, and whether its weights are there too."""
+    """Where a model's settings and tokenizer can be read; are its weights there too?"""
 
     path: Path  # a folder, or a GGUF file
     origin: str

@@ -1,4 +1,4 @@
-"""Names, shapes and sizes of a model's tensors, from the headers of its files. No torch, no weights.
+"""Names, shapes and sizes of a model's tensors, from the headers of its files; loads no torch.
 
 A safetensors file begins with the length of its header (8 bytes) and the header, JSON.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pocl_dist.config import Config
+from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.distributed.rank_rules import check_ranks
 from pocl_dist.models.config_fit import check_layers, check_positions, check_top_k
 from pocl_dist.models.tokenizer_checks import check_same_tokenizer
@@ -14,7 +15,6 @@ from pocl_dist.pipeline.inputs import (
     teacher_source,
     write_quarantine,
 )
-from pocl_dist.pipeline.plan import needs_difficulty
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.server_answers import find_server
 
