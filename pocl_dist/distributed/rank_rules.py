@@ -7,20 +7,19 @@ from pocl_dist.errors import ConfigError
 
 
 def num_ranks(config: Config, num_gpus: int) -> int:
-    """Returns how many ranks a run on one machine with `num_gpus` visible GPUs has."""
-    return config.engine.world_size or max(1, num_gpus)
+    """Returns how many ranks a run has that starts where `num_gpus` GPUs are visible."""
+    if config.engine.world_size is not None:
+        return config.engine.world_size
+    return max(1, num_gpus) if config.launch.ranks_with == "local" else config.launch.num_ranks
 
 
-def check_ranks(config: Config, num_gpus: int, ranks: int | None = None) -> None:
+def check_ranks(config: Config, num_gpus: int) -> None:
     """Raises ConfigError (64) when ranks lack a GPU or cannot share the global batch.
 
-    `num_gpus` is what is visible where they run, 0 for the CPU; `ranks` None means a run on this
-    machine alone.
+    `num_gpus` is what is visible where they run, 0 for the CPU.
     """
-    engine = config.engine
-    ranks = num_ranks(config, num_gpus) if ranks is None else ranks
-    is_here_alone = config.launch.ranks_with == "local"
-    if is_here_alone and num_gpus and ranks > num_gpus:
+    engine, ranks = config.engine, num_ranks(config, num_gpus)
+    if config.launch.ranks_with == "local" and num_gpus and ranks > num_gpus:
         raise ConfigError(
             f"engine.world_size: {ranks} ranks, but {num_gpus} GPU(s) are visible; lower it, "
             "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"

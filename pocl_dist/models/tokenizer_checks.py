@@ -38,3 +38,15 @@ def check_same_tokenizer(teacher: Vocabulary, student: Vocabulary) -> None:
         "models.teacher and models.student have different tokenizers: " + "; ".join(reasons) + ". "
         "White-box distillation compares the two vocabularies column by column."
     )
+
+
+def check_head_rows(num_rows: int | None, num_tokens: int, key: str) -> None:
+    """Raises MismatchError (78) when a tokenizer has tokens for which the head has no row.
+
+    More rows than tokens are padding; `num_rows` None is not known.
+    """
+    if num_rows is not None and num_rows < num_tokens:
+        raise MismatchError(
+            f"{key}: its tokenizer has {num_tokens} tokens, its head {num_rows} rows: tokens were "
+            "added without the model; use the tokenizer that the model was trained with"
+        )

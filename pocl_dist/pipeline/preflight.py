@@ -6,7 +6,7 @@ from pocl_dist.config import Config
 from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.distributed.rank_rules import check_ranks
 from pocl_dist.models.config_fit import check_layers, check_positions, check_top_k
-from pocl_dist.models.tokenizer_checks import check_same_tokenizer
+from pocl_dist.models.tokenizer_checks import check_head_rows, check_same_tokenizer
 from pocl_dist.pipeline.inputs import (
     read_dev,
     read_eval_sets,
@@ -34,7 +34,12 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     if config.measure.engine == "server" and needs_difficulty(config):
         find_server(config)
     teacher = teacher_source(config, run)
-    from pocl_dist.models.loading import load_tokenizer, num_layers, num_positions
+    from pocl_dist.models.loading import (
+        load_tokenizer,
+        num_layers,
+        num_positions,
+        vocabulary_rows,
+    )
 
     given = config.models.student
     if teacher is not None:
@@ -49,6 +54,8 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
         encoder_tokenizer, layout = load_tokenizer(student), student
         if teacher is not None:
             check_same_tokenizer(load_tokenizer(teacher), encoder_tokenizer)
+    what = "models.teacher" if given.path is None else "models.student"
+    check_head_rows(vocabulary_rows(layout), len(encoder_tokenizer), what)
     if given.lora is not None:
         from pocl_dist.models.lora import check_lora
 
