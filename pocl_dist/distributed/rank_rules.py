@@ -7,19 +7,17 @@ from pocl_dist.errors import ConfigError
 
 
 def num_ranks(config: Config, num_gpus: int) -> int:
-    """Returns how many ranks a run has that starts where `num_gpus` GPUs are visible."""
-    if config.engine.world_size is not None:
-        return config.engine.world_size
-    return max(1, num_gpus) if config.launch.ranks_with == "local" else config.launch.num_ranks
+    """Returns how many ranks a run on one machine with `num_gpus` visible GPUs has."""
+    return config.engine.world_size or max(1, num_gpus)
 
 
 def check_ranks(config: Config, num_gpus: int) -> None:
-    """Raises ConfigError (64) when ranks lack a GPU or cannot share the global batch.
+    """Raises ConfigError (64) when ranks of one machine lack a GPU or cannot share the batch.
 
-    `num_gpus` is what is visible where they run, 0 for the CPU.
+    `num_gpus` is what is visible on it, 0 for the CPU.
     """
     engine, ranks = config.engine, num_ranks(config, num_gpus)
-    if config.launch.ranks_with == "local" and num_gpus and ranks > num_gpus:
+    if num_gpus and ranks > num_gpus:
         raise ConfigError(
             f"engine.world_size: {ranks} ranks, but {num_gpus} GPU(s) are visible; lower it, "
             "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"

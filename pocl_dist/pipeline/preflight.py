@@ -15,6 +15,7 @@ from pocl_dist.pipeline.inputs import (
     teacher_source,
     write_quarantine,
 )
+from pocl_dist.pipeline.rank_launcher import check_can_start
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.server_answers import find_server
 
@@ -65,6 +66,9 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     check_top_k(config, len(encoder_tokenizer))
     encoder = make_encoder(config, encoder_tokenizer)
     encoder.encode(train.examples[0])  # the template must leave room for a prompt
-    import torch
+    if config.launch.ranks_with == "local":
+        import torch
 
-    check_ranks(config, torch.cuda.device_count())
+        check_ranks(config, torch.cuda.device_count())
+    else:
+        check_can_start(config)

@@ -58,9 +58,9 @@ def resumed_results(config: Config) -> list[str]:
         names = [name.strip("` /") for name in result.split(",")]
         if not any((run.root / name).exists() for name in names):
             continue
-        was = old[result]
+        was, shown_name = old[result], result.replace("`", "")
         differing += [
-            f"{result.replace('`', '')} was made with {key} {was.get(key)!r}, now {record.get(key)!r}"
+            f"{shown_name} was made with {key} {was.get(key)!r}, now {record.get(key)!r}"
             for key in sorted(set(was) | set(record))
             if was.get(key) != record.get(key)
         ]
