@@ -1,0 +1,21 @@
+"""What the steps themselves answer: the run directory, its lock, what is in it, a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from pocl_dist.cluster.doctor.case import Case
+from pocl_dist.cluster.doctor.finding import Finding, ok, warning
+
+
+def asked(name: str, good: str, why: str, how: str) -> Callable[[Case], Iterator[Finding]]:
+    """Returns the check that asks the probe `name`; `why` and `how` belong to its warnings."""
+
+    def check(case: Case) -> Iterator[Finding]:
+        warnings = case.probes[name](case.config)
+        for line in warnings:
+            yield warning(line, why, how)
+        if not warnings:
+            yield ok(good)
+
+    return check

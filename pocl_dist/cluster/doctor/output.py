@@ -1,0 +1,94 @@
+"""Findings as a person reads them: aligned and coloured on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from pocl_dist.cluster.doctor.examine import CONFIG, exit_code_of
+from pocl_dist.cluster.doctor.finding import Finding
+from pocl_dist.cluster.doctor.registry import CHECKS
+from pocl_dist.errors import exit_code_row
+from pocl_dist.guards import printable
+
+_COLOURS = {"ok": "32", "warning": "33", "error": "31;1", "skipped": "2"}
+_GROUPS = {CONFIG: "Config", **{check.name: check.group for check in CHECKS}}
+_NAME_WIDTH = max(map(len, _GROUPS))
+_MARK_WIDTH = len("warning")
+
+
+def text_of(findings: Sequence[Finding], is_terminal: bool, width: int) -> str:
+    """Returns all findings by group, and a last line that says how the run would end."""
+    lines: list[str] = []
+    for group in dict.fromkeys(_GROUPS.values()):
+        members = [finding for finding in findings if _GROUPS[finding.check] == group]
+        if members:
+            lines += ["", _coloured(group, "1", is_terminal)]
+        for finding in members:
+            lines += _lines(finding, is_terminal, width)
+    return "\n".join([*lines[1:], "", *_summary(findings, is_terminal, width)])
+
+
+def is_terminal() -> bool:
+    """Returns whether the output is a terminal that takes colours."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def terminal_width() -> int:
+    """Returns the width to which lines are broken on a terminal."""
+    return max(60, min(120, shutil.get_terminal_size().columns))
+
+
+def _lines(finding: Finding, is_terminal: bool, width: int) -> Iterator[str]:
+    mark = _coloured(finding.severity.ljust(_MARK_WIDTH), _COLOURS[finding.severity], is_terminal)
+    code = "" if finding.exit_code is None else f" [exit code {finding.exit_code}]"
+    is_skipped = finding.severity == "skipped"
+    told = f"{finding.what}: {finding.why}" if is_skipped else finding.what
+    what = printable(told) + code
+    yield from _broken(f"  {mark}  {finding.check.ljust(_NAME_WIDTH)}  ", what, is_terminal, width)
+    why = "" if is_skipped else finding.why
+    how = "do:   " if is_skipped else "mend: "
+    for label, text in (("why:  ", why), (how, finding.how)):
+        if text:
+            margin = " " * (2 + _MARK_WIDTH + 2 + _NAME_WIDTH + 2)
+            yield from _broken(margin + label, printable(text), is_terminal, width)
+
+
+def _broken(head: str, text: str, is_terminal: bool, width: int) -> Iterator[str]:
+    """Yields a head and text behind it, in a pipe on one line, on a terminal in a column."""
+    flat = " ".join(text.split())
+    if not is_terminal:
+        yield head + flat
+        return
+    indent = 2 + _MARK_WIDTH + 2 + _NAME_WIDTH + 2
+    if head.lstrip().startswith(("why:", "mend:", "do:")):
+        indent += len("mend: ")
+    for number, line in enumerate(
+        textwrap.wrap(flat, max(30, width - indent), break_on_hyphens=False) or [""]
+    ):
+        yield (head if number == 0 else " " * indent) + line
+
+
+def _coloured(text: str, code: str, is_terminal: bool) -> str:
+    return f"\033[{code}m{text}\033[0m" if is_terminal else text
+
+
+def _summary(findings: Sequence[Finding], is_terminal: bool, width: int) -> list[str]:
+    counts = Counter(finding.severity for finding in findings)
+    parts = [
+        f"{counts[name]} {name}{'' if counts[name] == 1 else 's'}" for name in ("error", "warning")
+    ]
+    parts += [f"{counts['skipped']} not looked at", f"{counts['ok']} ok"]
+    code = exit_code_of(findings)
+    if code == 0:
+        end = _coloured("the run would start", "32;1", is_terminal)
+    else:
+        row = exit_code_row(code)
+        end = _coloured(
+            f"the run would end with exit code {code}: {row.meaning}", "31;1", is_terminal
+        )
+    return [f"{', '.join(parts)}: {end}"]
