@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pocl_dist.models.sources import check_model_folder, hub_errors, local_model
 
+CONNECT_SECONDS = 5
 # What tells of a model of the hub all but its weights: a few megabytes.
 _SETTINGS = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 
@@ -45,6 +46,10 @@ def locate_model(
             check_model_folder(folder, key, trust_remote_code)
             return Located(folder, path, has_weights=True)
         snapshot_download(
-            path, revision=revision, allow_patterns=list(_SETTINGS), local_dir=scratch
+            path,
+            revision=revision,
+            allow_patterns=list(_SETTINGS),
+            local_dir=scratch,
+            etag_timeout=CONNECT_SECONDS,
         )
     return Located(scratch, path, has_weights=False)

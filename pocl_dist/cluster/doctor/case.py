@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pocl_dist.cluster.doctor.finding import Finding, SkipError
+from pocl_dist.cluster.doctor.finding import SEE_ABOVE, Finding, SkipError
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
 from pocl_dist.models.header import ModelHeader
@@ -61,13 +61,13 @@ class Case:
     def model(self, role: Role) -> Model:
         """Returns a model that an earlier check has read; SkipError when it could not."""
         if role not in self.models:
-            raise SkipError(f"models.{role} could not be read (see above)")
+            raise SkipError(f"models.{role} could not be read {SEE_ABOVE}")
         return self.models[role]
 
     def tokenizer(self, role: Role) -> PlainTokenizer:
         """Returns the tokenizer of a model; SkipError when it could not be read."""
         if role not in self.tokenizers:
-            raise SkipError(f"the tokenizer of models.{role} could not be read (see above)")
+            raise SkipError(f"the tokenizer of models.{role} could not be read {SEE_ABOVE}")
         return self.tokenizers[role]
 
     @property

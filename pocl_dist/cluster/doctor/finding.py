@@ -7,6 +7,9 @@ from typing import Literal
 
 from pocl_dist.records import JSONRecord
 
+SEE_ABOVE = "(see above)"
+"""Ends the reason of a check that an earlier finding keeps from being done."""
+
 Severity = Literal["ok", "warning", "error", "skipped"]
 
 

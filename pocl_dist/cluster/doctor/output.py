@@ -8,9 +8,10 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from pocl_dist.cluster.doctor.examine import CONFIG, exit_code_of
-from pocl_dist.cluster.doctor.finding import Finding
+from pocl_dist.cluster.doctor.finding import SEE_ABOVE, Finding
 from pocl_dist.cluster.doctor.registry import CHECKS
 from pocl_dist.errors import exit_code_row
 from pocl_dist.guards import printable
@@ -19,6 +20,7 @@ _COLOURS = {"ok": "32", "warning": "33", "error": "31;1", "skipped": "2"}
 _GROUPS = {CONFIG: "Config", **{check.name: check.group for check in CHECKS}}
 _NAME_WIDTH = max(map(len, _GROUPS))
 _MARK_WIDTH = len("warning")
+_INDENT = 2 + _MARK_WIDTH + 2 + _NAME_WIDTH + 2
 
 
 def text_of(findings: Sequence[Finding], is_terminal: bool, width: int) -> str:
@@ -28,8 +30,14 @@ def text_of(findings: Sequence[Finding], is_terminal: bool, width: int) -> str:
         members = [finding for finding in findings if _GROUPS[finding.check] == group]
         if members:
             lines += ["", _coloured(group, "1", is_terminal)]
-        for finding in members:
-            lines += _lines(finding, is_terminal, width)
+        told = [finding for finding in members if not finding.why.endswith(SEE_ABOVE)]
+        for _, alike in groupby(told, key=_alike):
+            lines += _lines(list(alike), is_terminal, width)
+    blocked = [finding for finding in findings if finding.why.endswith(SEE_ABOVE)]
+    if blocked:
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(f.check for f in blocked))
+        line = f"Not looked at until the errors above are mended: {names}"
+        lines += ["", *_broken("", line, is_terminal, width)]
     return "\n".join([*lines[1:], "", *_summary(findings, is_terminal, width)])
 
 
@@ -43,19 +51,28 @@ def terminal_width() -> int:
     return max(60, min(120, shutil.get_terminal_size().columns))
 
 
-def _lines(finding: Finding, is_terminal: bool, width: int) -> Iterator[str]:
-    mark = _coloured(finding.severity.ljust(_MARK_WIDTH), _COLOURS[finding.severity], is_terminal)
-    code = "" if finding.exit_code is None else f" [exit code {finding.exit_code}]"
-    is_skipped = finding.severity == "skipped"
-    told = f"{finding.what}: {finding.why}" if is_skipped else finding.what
-    what = printable(told) + code
-    yield from _broken(f"  {mark}  {finding.check.ljust(_NAME_WIDTH)}  ", what, is_terminal, width)
-    why = "" if is_skipped else finding.why
+def _lines(alike: Sequence[Finding], is_terminal: bool, width: int) -> Iterator[str]:
+    """Yields findings with one reason and one remedy; checks skipped alike share a line."""
+    first = alike[0]
+    is_skipped = first.severity == "skipped"
+    mark = _coloured(first.severity.ljust(_MARK_WIDTH), _COLOURS[first.severity], is_terminal)
+    names = ", ".join(dict.fromkeys(finding.check for finding in alike))
+    for finding in alike[:1] if is_skipped else alike:
+        code = "" if finding.exit_code is None else f" [exit code {finding.exit_code}]"
+        told = f"{finding.what}: {finding.why}" if is_skipped else finding.what
+        head = f"  {mark}  {names.ljust(_NAME_WIDTH)}  "
+        yield from _broken(head, printable(told) + code, is_terminal, width)
+    why = "" if is_skipped else first.why
     how = "do:   " if is_skipped else "mend: "
-    for label, text in (("why:  ", why), (how, finding.how)):
+    for label, text in (("why:  ", why), (how, first.how)):
         if text:
-            margin = " " * (2 + _MARK_WIDTH + 2 + _NAME_WIDTH + 2)
-            yield from _broken(margin + label, printable(text), is_terminal, width)
+            yield from _broken(" " * _INDENT + label, printable(text), is_terminal, width)
+
+
+def _alike(finding: Finding) -> tuple[str, ...]:
+    """Returns what findings have in common that are told together."""
+    name = "" if finding.severity == "skipped" else finding.check
+    return (finding.severity, name, finding.why, finding.how)
 
 
 def _broken(head: str, text: str, is_terminal: bool, width: int) -> Iterator[str]:
@@ -64,7 +81,7 @@ def _broken(head: str, text: str, is_terminal: bool, width: int) -> Iterator[str
     if not is_terminal:
         yield head + flat
         return
-    indent = 2 + _MARK_WIDTH + 2 + _NAME_WIDTH + 2
+    indent = _INDENT if head else 0
     if head.lstrip().startswith(("why:", "mend:", "do:")):
         indent += len("mend: ")
     for number, line in enumerate(

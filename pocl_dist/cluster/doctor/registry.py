@@ -82,7 +82,10 @@ _DATA = (
     ),
     Check(
         "answer server", "Data", "the server of measure.engine: server", (64, 69, 77),
-        asked("answer server", "not needed, or it answers", "", ""),
+        asked(
+            "answer server", "it answers", "", "",
+            lambda config: config.measure.engine == "server",
+        ),
         "measure asks it for the student's answers.", "start it, or set measure.engine: local",
     ),
 )  # fmt: skip

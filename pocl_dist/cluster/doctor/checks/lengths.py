@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pocl_dist.cluster.doctor.case import Case, Lengths
-from pocl_dist.cluster.doctor.finding import Finding, SkipError, ok, warning
+from pocl_dist.cluster.doctor.finding import SEE_ABOVE, Finding, SkipError, ok, warning
 from pocl_dist.config import Config
 from pocl_dist.data.encoding import Encoder
 from pocl_dist.models.plain_tokenizer import PlainTokenizer
@@ -24,7 +24,7 @@ def template(case: Case) -> Iterator[Finding]:
     encoder = _encoder(case.config, tokenizer)
     train = case.rows.get("data.train")
     if train is None:
-        raise SkipError("the rows of data.train could not be read (see above)")
+        raise SkipError(f"the rows of data.train could not be read {SEE_ABOVE}")
     ids, _ = encoder.encode_prompt(train.examples[0])
     eos = tokenizer.special_tokens.get("eos_token")
     name = case.config.data.template
@@ -39,7 +39,7 @@ def lengths(case: Case) -> Iterator[Finding]:
     """Tokenises a sample of every source and tells how long its rows are and how many are cut."""
     tokenizer = case.tokenizer(case.trained_role)
     if not case.rows:
-        raise SkipError("no rows could be read (see above)")
+        raise SkipError(f"no rows could be read {SEE_ABOVE}")
     encoder = _encoder(case.config, tokenizer)
     whole = Encoder(tokenizer, case.config.data.template, _UNBOUNDED, _UNBOUNDED)
     for key, rows in case.rows.items():

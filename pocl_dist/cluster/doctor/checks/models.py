@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 from pocl_dist.cluster.doctor.case import Case, Model, Role
 from pocl_dist.cluster.doctor.checks.disk import size
-from pocl_dist.cluster.doctor.finding import Finding, SkipError, error, ok, skipped, warning
+from pocl_dist.cluster.doctor.finding import (
+    SEE_ABOVE,
+    Finding,
+    SkipError,
+    error,
+    ok,
+    skipped,
+    warning,
+)
 from pocl_dist.config import Config, ModelConfig, StudentConfig
 from pocl_dist.errors import PoclError
 from pocl_dist.files import free_bytes
@@ -20,6 +28,14 @@ from pocl_dist.models.sources import cache_folder
 # Numbers in a config that scale or bend logits; `models/heads.py` knows the first group.
 _KNOWN_OF_HEADS = {"logit_scale", "logits_scaling", "final_logit_softcapping"}
 _NEUTRAL = (None, 0, 1, 1.0, False, True)
+
+
+_HOW = {
+    66: "correct the path; a relative one counts from the folder in which the command is given",
+    69: "download it where there is a network (hf download OWNER/NAME), or set HF_HOME to where "
+    "it is",
+    77: "take a model of safetensors and settings alone, or read what its author's code does",
+}
 
 
 def named_models(config: Config) -> list[tuple[Role, ModelConfig | StudentConfig]]:
@@ -38,7 +54,7 @@ def models(case: Case) -> Iterator[Finding]:
         try:
             yield from _model(case, role, given)
         except PoclError as problem:  # the other model is looked at all the same
-            yield error(problem.exit_code, str(problem))
+            yield error(problem.exit_code, str(problem), how=_HOW.get(problem.exit_code, ""))
 
 
 def _model(case: Case, role: Role, given: ModelConfig | StudentConfig) -> Iterator[Finding]:
@@ -106,7 +122,7 @@ def architectures(case: Case) -> Iterator[Finding]:
     """Whether transformers has the architecture, and whether its head is one that we take apart."""
     for role, given in named_models(case.config):
         if role not in case.models:
-            yield skipped(f"models.{role} could not be read (see above)")
+            yield skipped(f"models.{role} could not be read {SEE_ABOVE}")
             continue
         header = case.models[role].header
         known = causal_model_types()

@@ -32,7 +32,7 @@ def ray(case: Case) -> Iterator[Finding]:
     check_token_mode()
     address = case.config.ray.address
     if address is None:
-        yield ok(f"{', '.join(steps)} start a local Ray, with token and without dashboard")
+        yield ok(f"a local Ray is started for {', '.join(steps)}: with token, without dashboard")
         return
     yield from _token_file()
     timeout = min(case.config.ray.start_timeout_seconds, LONGEST_WAIT_SECONDS)

@@ -6,29 +6,36 @@ from collections import Counter
 from collections.abc import Iterator
 
 from pocl_dist.cluster.doctor.case import Case
-from pocl_dist.cluster.doctor.finding import Finding, error, ok, skipped, warning
+from pocl_dist.cluster.doctor.finding import (
+    SEE_ABOVE,
+    Finding,
+    SkipError,
+    error,
+    ok,
+    skipped,
+    warning,
+)
 from pocl_dist.config import Config
 from pocl_dist.data.sets import NamedSource, check_enough, named_sources
 from pocl_dist.data.sources import Rows, read_rows, rows_file
+from pocl_dist.errors import PoclError
 from pocl_dist.guards import shown
 from pocl_dist.records import Example
 
 MAX_ROWS = 20_000
 """Rows that are read of each source: a second or so. A run reads all of them."""
 NUM_SHOWN = 3
+PATH = "correct the path; a relative one counts from the folder in which the command is given"
 
 
 def rows(case: Case) -> Iterator[Finding]:
     """Reads each source as a run would, but goes on after a bad row: all of them are told."""
     for source in named_sources(case.config):
-        if rows_file(source.source, source.key) is None:
-            yield skipped(
-                f"{source.key}: {source.source!r} is a data set of the hub, which is not "
-                "downloaded here",
-                "download it as a file and name that, to have its rows looked at",
-            )
-            continue
-        yield from _source(case, source)
+        try:
+            yield from _source(case, source)
+        except PoclError as problem:  # the other sources are looked at all the same
+            how = PATH if problem.exit_code == 66 else ""
+            yield error(problem.exit_code, str(problem), how=how)
     train = case.rows.get("data.train")
     if train is not None and not case.is_partial["data.train"]:
         check_enough(case.config, train)
@@ -36,6 +43,12 @@ def rows(case: Case) -> Iterator[Finding]:
 
 
 def _source(case: Case, source: NamedSource) -> Iterator[Finding]:
+    if rows_file(source.source, source.key) is None:
+        yield skipped(
+            f"{source.key}: {source.source!r} is a data set of the hub, not downloaded here",
+            "download it as a file and name that, to have its rows looked at",
+        )
+        return
     limit = MAX_ROWS if source.limit is None else min(source.limit, MAX_ROWS)
     found = read_rows(
         source.source,
@@ -85,8 +98,7 @@ def _small_stages(config: Config, num_rows: int) -> Iterator[Finding]:
 def repeated_rows(case: Case) -> Iterator[Finding]:
     """Finds rows that stand twice in the training data, and test rows that are trained on."""
     if "data.train" not in case.rows:
-        yield skipped("the rows of data.train could not be read (see above)")
-        return
+        raise SkipError(f"the rows of data.train could not be read {SEE_ABOVE}")
     train = case.rows["data.train"].examples
     part = "the first rows of " if case.is_partial["data.train"] else ""
     same = Counter((e.prompt, e.context, e.references, e.history) for e in train)

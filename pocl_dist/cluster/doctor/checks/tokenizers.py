@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pocl_dist.cluster.doctor.case import Case
 from pocl_dist.cluster.doctor.checks.models import named_models
-from pocl_dist.cluster.doctor.finding import Finding, error, ok, skipped
+from pocl_dist.cluster.doctor.finding import SEE_ABOVE, Finding, error, ok, skipped
 from pocl_dist.errors import PoclError
 from pocl_dist.models.config_fit import check_top_k
 from pocl_dist.models.plain_tokenizer import UnreadableTokenizerError, read_tokenizer
@@ -17,7 +17,7 @@ def tokenizers(case: Case) -> Iterator[Finding]:
     """Reads the tokenizers and compares vocabularies, eos and heads."""
     for role, _ in named_models(case.config):
         if role not in case.models:
-            yield skipped(f"models.{role} could not be read (see above)")
+            yield skipped(f"models.{role} could not be read {SEE_ABOVE}")
             continue
         model = case.models[role]
         key = f"models.{role}.path"
