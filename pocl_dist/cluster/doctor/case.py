@@ -9,6 +9,7 @@ from typing import Literal
 
 from pocl_dist.cluster.doctor.finding import SEE_ABOVE, Finding, SkipError
 from pocl_dist.config import Config
+from pocl_dist.data.encoding import Encoder
 from pocl_dist.data.sources import Rows
 from pocl_dist.models.header import ModelHeader
 from pocl_dist.models.locate import Located
@@ -56,6 +57,7 @@ class Case:
     is_partial: dict[str, bool] = field(default_factory=dict)  # a source's first rows only
     models: dict[Role, Model] = field(default_factory=dict)
     tokenizers: dict[Role, PlainTokenizer] = field(default_factory=dict)
+    encoders: list[Encoder] = field(default_factory=list)  # one, when the template can be used
     lengths: dict[str, Lengths] = field(default_factory=dict)  # by config key
 
     def model(self, role: Role) -> Model:

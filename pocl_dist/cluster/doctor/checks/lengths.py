@@ -26,6 +26,7 @@ def template(case: Case) -> Iterator[Finding]:
     if train is None:
         raise SkipError(f"the rows of data.train could not be read {SEE_ABOVE}")
     ids, _ = encoder.encode_prompt(train.examples[0])
+    case.encoders.append(encoder)
     eos = tokenizer.special_tokens.get("eos_token")
     name = case.config.data.template
     kind = name if "{prompt}" not in name else "own text"
@@ -37,10 +38,9 @@ def template(case: Case) -> Iterator[Finding]:
 
 def lengths(case: Case) -> Iterator[Finding]:
     """Tokenises a sample of every source and tells how long its rows are and how many are cut."""
-    tokenizer = case.tokenizer(case.trained_role)
-    if not case.rows:
-        raise SkipError(f"no rows could be read {SEE_ABOVE}")
-    encoder = _encoder(case.config, tokenizer)
+    if not case.encoders:
+        raise SkipError(f"the template could not be used {SEE_ABOVE}")
+    encoder, tokenizer = case.encoders[0], case.tokenizer(case.trained_role)
     whole = Encoder(tokenizer, case.config.data.template, _UNBOUNDED, _UNBOUNDED)
     for key, rows in case.rows.items():
         chosen = _spread(rows.examples, NUM_ENCODED)
