@@ -19,8 +19,15 @@ from typing import cast
 
 from pocl_dist.cluster.doctor.case import Case
 from pocl_dist.cluster.doctor.checks.software import MAIN_PACKAGES
-from pocl_dist.cluster.doctor.finding import Finding, SkipError, error, ok, warning
-from pocl_dist.files import atomic_write_json, read_json
+from pocl_dist.cluster.doctor.finding import (
+    SEE_ABOVE,
+    Finding,
+    SkipError,
+    error,
+    ok,
+    warning,
+)
+from pocl_dist.files import WriteError, atomic_write_json, read_json, writing
 
 POLL_SECONDS = 0.2
 FAREWELL_SECONDS = 10.0
@@ -66,7 +73,10 @@ def is_main_process() -> bool:
 
 def server_clock(case: Case) -> Iterator[Finding]:
     """Compares this machine's clock with that of the file server, by the time of a new file."""
-    skew = _skew_seconds(case.existing_parent)
+    try:
+        skew = _skew_seconds(case.existing_parent)
+    except WriteError:
+        raise SkipError(f"the run directory cannot be written {SEE_ABOVE}") from None
     if abs(skew) > MOST_SKEW_SECONDS:
         yield warning(
             f"the clock of {socket.gethostname()} and that of the file server differ by "
@@ -80,11 +90,12 @@ def server_clock(case: Case) -> Iterator[Finding]:
 
 def _skew_seconds(folder: Path) -> float:
     probe = folder / f".tmp-doctor-clock-{socket.gethostname()}-{os.getpid()}"
-    try:
-        probe.touch()
-        return time.time() - probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
+    with writing(folder):
+        try:
+            probe.touch()
+            return time.time() - probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def other_nodes(case: Case) -> Iterator[Finding]:
@@ -109,7 +120,7 @@ def other_nodes(case: Case) -> Iterator[Finding]:
         told = _wait_for_all(folder, "node", node.count, case.options.wait_seconds)
         yield from _compared(case, node, told)
         atomic_write_json(folder / f"seen-{node.index}.json", {})
-        if node.index == 0:
+        if node.index == 0 and len(told) == node.count:
             _wait_for_all(folder, "seen", node.count, FAREWELL_SECONDS)
     finally:
         if node.index == 0:

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def _release(text: str) -> tuple[int, ...]:
     return Version(text).release[:2]
 
 
+@cache  # the metadata of a package is a long text
 def _version(name: str) -> Version | None:
     try:
         return Version(version(name))
