@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
+from importlib.metadata import version
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -17,6 +18,12 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from packaging.version import Version
+
+from pocl_dist.errors import RefusedError
+
+SAFE_JINJA2 = "3.1.6"
 
 
 class _Generation(Extension):
@@ -53,12 +60,41 @@ def _json(
     )
 
 
+class _Namespace(Namespace):
+    """jinja2's, without the names through which a template could reach Python itself."""
+
+    def __init__(*args: object, **values: object) -> None:
+        for name in dict(*args[1:], **values):  # type: ignore[call-overload]
+            _check_name(str(name))
+        Namespace.__init__(*args, **values)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        _check_name(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise TemplateError(f"the name {name!r} is not allowed in a chat template")
+
+
+def _check_sandbox() -> None:
+    if Version(version("jinja2")) < Version(SAFE_JINJA2):
+        raise RefusedError(
+            f"jinja2 {version('jinja2')}: a chat template can leave its sandbox "
+            f"(CVE-2025-27516); install jinja2 >= {SAFE_JINJA2}"
+        )
+
+
 @cache
 def _compiled(template: str) -> Template:
+    _check_sandbox()
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _json
+    environment.globals["namespace"] = _Namespace
+    environment.globals["dict"] = lambda *args, **values: dict(*args, **values)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
@@ -69,7 +105,8 @@ def render_chat(
 ) -> str:
     """Returns the text of messages up to where the model answers.
 
-    Raises jinja2.TemplateError for a template that is broken or refuses the messages.
+    Raises jinja2.TemplateError for a template that is broken or refuses the messages, RefusedError
+    (77) when the sandbox is known to leak.
     """
     return _compiled(template).render(
         messages=list(messages), add_generation_prompt=True, **special_tokens

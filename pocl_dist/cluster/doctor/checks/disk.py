@@ -25,6 +25,7 @@ class Disk:
     export: int
     init_student: int
     cache: int
+    is_cache_known: bool
 
     @property
     def total(self) -> int:
@@ -56,7 +57,7 @@ def pruned_parameters(header: ModelHeader, layers: list[int]) -> int:
 
 def needed_disk(case: Case) -> Disk:
     """Returns what the run will write."""
-    config, parameters = case.config, student_parameters(case)
+    config, parameters, cache = case.config, student_parameters(case), _cache_bytes(case)
     stages = config.curriculum.num_stages if config.checkpoint.keep_stage_ends else 0
     is_best = config.export.select == "best_dev"
     return Disk(
@@ -66,18 +67,20 @@ def needed_disk(case: Case) -> Disk:
         num_checkpoints=config.checkpoint.keep_last + stages + is_best,
         export=4 * parameters,
         init_student=0 if config.models.student.init_layers is None else 4 * parameters,
-        cache=_cache_bytes(case),
+        cache=cache or 0,
+        is_cache_known=cache is not None,
     )
 
 
-def _cache_bytes(case: Case) -> int:
+def _cache_bytes(case: Case) -> int | None:
+    """Returns the size of the teacher cache; None when rows, lengths or width are not known."""
     config = case.config
     if config.teacher.source == "online":
         return 0
     rows, lengths = case.rows.get("data.train"), case.lengths.get("data.train")
     width = case.model("teacher").header.hidden_size
     if rows is None or lengths is None or width is None or case.is_partial["data.train"]:
-        raise SkipError("the size of the teacher cache needs all rows, their lengths and the width")
+        return None
     per_token = 2 * width if config.teacher.source == "cache_hidden" else 8 * config.teacher.top_k
     return int(len(rows.examples) * lengths.mean_label_tokens * per_token)
 
@@ -106,6 +109,8 @@ def free_disk(case: Case) -> Iterator[Finding]:
         )
     else:
         yield ok(line)
+    if not needed.is_cache_known:
+        yield skipped("the size of the teacher cache needs all rows, their lengths and its width")
     if case.config.models.student.lora is not None:
         yield skipped("the size of a LoRA checkpoint depends on layers that only torch lists")
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 
 from pocl_dist.cluster.doctor.case import Case
-from pocl_dist.cluster.doctor.finding import Finding, ok
+from pocl_dist.cluster.doctor.finding import Finding, SkipError, ok
 from pocl_dist.errors import UnavailableError
 from pocl_dist.hosts import check_hosts, check_port_here, chosen_hosts
 
@@ -48,6 +48,8 @@ def ports(case: Case) -> Iterator[Finding]:
         check_port_here(int(given))
         yield ok(f"port {given} (MASTER_PORT) is free here")
     elif launch.ranks_with == "deepspeed":
-        yield ok(f"port {launch.master_port} was asked for on the first host")
+        yield ok(f"port {launch.master_port} is asked for on the first host (`hosts`)")
+    elif launch.ranks_with == "srun":
+        raise SkipError("the port of rank 0 is one of the job's first node, not of this machine")
     else:
         yield ok("a free port is chosen when the ranks are started")

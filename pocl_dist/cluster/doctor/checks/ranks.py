@@ -27,18 +27,18 @@ def batch(case: Case) -> Iterator[Finding]:
     if is_elsewhere(case):
         check_fits(config)
         ranks = launch.num_ranks
-        where = f"{launch.nodes} node(s) x {launch.num_ranks_per_node}"
+        where = f"{launch.nodes} x {launch.num_ranks_per_node}"
         device = "a GPU each" if launch.gpus_per_node else "on the CPU"
     else:
         gpus = num_visible_gpus()
         check_ranks(config, gpus)
         ranks = num_ranks(config, gpus)
-        where, device = "this machine", f"{gpus} GPU(s) visible" if gpus else "on the CPU"
+        where, device = "this machine", f"{gpus} GPUs visible" if gpus else "on the CPU"
     share = config.engine.global_batch_size // ranks
     micro = config.engine.micro_batch_size
     yield ok(
-        f"{ranks} rank(s) ({where}, {device}): {share} rows each per step, "
-        f"in {-(-share // micro)} micro-batch(es) of at most {micro}"
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'} ({where}, {device}): {share} rows each per "
+        f"step, in micro-batches of at most {micro}"
     )
 
 
