@@ -228,12 +228,9 @@ def main() -> int:
     with Hosts(folder) as hosts:
         (folder / "hostfile").write_text("h1 slots=1\nh2 slots=1\n")
         refusals(hosts, folder)
-        whole = Job(hosts, folder, "whole")
-        check(whole.ends("plan") == 0, "planned")
-        whole = uninterrupted(hosts, folder)
-        check(Job(hosts, folder, "cut").ends("plan") == 0, "planned again")
-        job = cut_off(hosts, folder)
-        resumes(hosts, job, whole)
+        whole = submitted(hosts, folder)
+        by_hand(hosts, folder, whole)
+        resumes(hosts, cut_off(hosts, folder), whole)
     print(f"all shown in {time.monotonic() - started:.0f} s")
     shutil.rmtree(folder)
     return 0
