@@ -63,9 +63,10 @@ class Job:
             self.hosts.head, sys.executable, "-m", "pocl_dist", *words, *self.words
         )
 
-    def start_on(self, host: str, *words: str) -> subprocess.Popen[bytes]:
-        """Starts a command on a host."""
-        paths = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    def start_on(self, host: str, *words: str, code: str = "") -> subprocess.Popen[bytes]:
+        """Starts a command on a host; `code`: a folder with another copy of the package."""
+        package = self.log.parent / code if code else REPOSITORY
+        paths = {"PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}
         return self.hosts.start(host, words, self.log, paths, self.log.parent)
 
     def ends(self, *words: str, seconds: float = 300) -> int:
@@ -165,6 +166,28 @@ def by_hand(hosts: Hosts, folder: Path, whole: Job) -> None:
     same_as(job, whole)
 
 
+def strays(hosts: Hosts, folder: Path) -> None:
+    """A host with other code and another config is refused by name, before a model is loaded."""
+    job = Job(hosts, folder, "strays")
+    files, stray = folder / "stray_files", folder / "stray_files_h2"
+    check(job.ends("launch", "--target", "torchrun", "--render", str(files)) == 0, "rendered")
+    shutil.copytree(files, stray)
+    text = (stray / "config.yaml").read_text()
+    (stray / "config.yaml").write_text(text.replace("micro_batch_size: 8", "micro_batch_size: 4"))
+    shutil.copytree(REPOSITORY / "pocl_dist", folder / "other_code" / "pocl_dist")
+    with (folder / "other_code" / "pocl_dist" / "errors.py").open("a") as file:
+        file.write("# an edit on one host only\n")
+    other = job.start_on("h2", "bash", str(stray / "other_node.sh"), "1", code="other_code")
+    first = job.start_on("h1", "bash", str(files / "first_node.sh"))
+    code = first.wait(120)
+    other.terminate()
+    other.wait(60)
+    reason = str(read_json(job.run / "status.json")["reason"])
+    is_named = "host h2: code sha256" in reason and "engine.micro_batch_size is 4, not 8" in reason
+    check(code == 78 and is_named, f"{code}: {reason.splitlines()[-1]}")
+    check(not (job.run / "checkpoints").exists(), "nothing was trained")
+
+
 def same_as(job: Job, whole: Job) -> None:
     """Losses and weights of two runs are equal, to the last bit."""
     check(job.losses() == whole.losses(), f"the losses of {len(whole.losses())} steps are equal")
@@ -229,6 +252,7 @@ def main() -> int:
         (folder / "hostfile").write_text("h1 slots=1\nh2 slots=1\n")
         refusals(hosts, folder)
         whole = submitted(hosts, folder)
+        strays(hosts, folder)
         by_hand(hosts, folder, whole)
         resumes(hosts, cut_off(hosts, folder), whole)
     print(f"all shown in {time.monotonic() - started:.0f} s")
