@@ -20,8 +20,7 @@ def _agree(seeds: list[int]) -> None:
     import os
 
     from pocl_dist.distributed.process_group import join_process_group
-    from pocl_dist.errors import MismatchError
-from pocl_dist.pipeline.agreement import agree_on_setup
+    from pocl_dist.pipeline.agreement import agree_on_setup
 
     index = int(os.environ["RANK"])
     agree_on_setup(load_config(["tiny_cpu.yaml"], [f"seed={seeds[index]}"]), join_process_group(60))
