@@ -66,9 +66,8 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     check_top_k(config, len(encoder_tokenizer))
     encoder = make_encoder(config, encoder_tokenizer)
     encoder.encode(train.examples[0])  # the template must leave room for a prompt
+    check_can_start(config)
     if config.launch.ranks_with == "local":
         import torch
 
         check_ranks(config, torch.cuda.device_count())
-    else:
-        check_can_start(config)
