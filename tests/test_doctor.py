@@ -334,6 +334,11 @@ FAULTS: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
         "16 rows cannot be shared by",
     ),
     "ranks": (words("--nodes", "2", "--gpus-per-node", "4"), 64, "engine.world_size: 2, but"),
+    "nodes": (
+        words("launch.nodes=2", "engine.world_size="),
+        64,
+        "launch.nodes: 2, but launch.ranks_with 'local' starts ranks on this machine only",
+    ),
     "fp16": (words("engine.dtype=fp16"), 64, "'fp16' is not possible on CPU"),
     "foreign files": (foreign_files, 78, "is no run directory: it holds thesis.tex"),
     "not writable": (words("run_dir=/proc/sys/run"), 74, "/proc/sys"),

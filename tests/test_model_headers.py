@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
@@ -15,6 +16,7 @@ from pocl_dist.cluster.doctor.checks.disk import pruned_parameters
 from pocl_dist.data.encoding import Encoder
 from pocl_dist.data.sources import read_rows
 from pocl_dist.errors import MissingInputError
+from pocl_dist.models.chat_template import render_chat
 from pocl_dist.models.gguf_header import read_gguf_header
 from pocl_dist.models.header import causal_model_types, read_model_header
 from pocl_dist.models.loading import load_tokenizer
@@ -128,6 +130,18 @@ def test_a_tokenizer_that_only_transformers_reads_is_no_error_and_none_is(tmp_pa
     (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
     with pytest.raises(UnreadableTokenizerError, match=r"only transformers reads tokenizer\.model"):
         read_tokenizer(tmp_path, KEY)
+
+
+def test_a_template_may_not_reach_for_what_lies_under_an_underscore() -> None:
+    assert render_chat("{% set n = namespace(a=1) %}{% set n.a = 2 %}{{ n.a }}", [], {}) == "2"
+    for template in (
+        "{% set n = namespace(_a=1) %}",
+        "{% set n = namespace() %}{% set n.__class__ = 1 %}",
+        "{{ dict.__globals__.x }}",
+        "{{ ''.__class__.__mro__[1] }}",
+    ):
+        with pytest.raises(TemplateError):
+            render_chat(template, [], {})
 
 
 # --- GGUF

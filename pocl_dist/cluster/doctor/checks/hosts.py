@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 
 from pocl_dist.cluster.doctor.case import Case
@@ -28,7 +29,7 @@ def hosts(case: Case) -> Iterator[Finding]:
                     f"host {host.name} ({launch.hostfile}): no address is known for it: "
                     f"{problem.strerror}"
                 ) from problem
-    check_hosts(chosen, launch)
+    check_hosts(chosen, launch, sys.executable)
     names = ", ".join(host.name for host in chosen[:6])
     more = f" and {len(chosen) - 6} more" if len(chosen) > 6 else ""
     yield ok(f"{len(chosen)} host(s) of {launch.hostfile} answer: {names}{more}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pocl_dist.cluster.doctor.case import Case
 from pocl_dist.cluster.doctor.finding import Finding, error, ok, warning
 from pocl_dist.cluster.doctor.visible_gpus import num_visible_gpus
-from pocl_dist.config.launch_checks import check_fits
+from pocl_dist.config.launch_checks import check_fits, check_local
 from pocl_dist.distributed.rank_rules import check_ranks, num_ranks
 
 # The variables that a launcher sets for every rank. No others are read or shown.
@@ -31,6 +31,7 @@ def batch(case: Case) -> Iterator[Finding]:
         device = "a GPU each" if launch.gpus_per_node else "on the CPU"
     else:
         gpus = num_visible_gpus()
+        check_local(config)
         check_ranks(config, gpus)
         ranks = num_ranks(config, gpus)
         where, device = "this machine", f"{gpus} GPUs visible" if gpus else "on the CPU"
