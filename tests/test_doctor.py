@@ -426,6 +426,33 @@ def test_too_little_disk_is_74(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) 
     assert "the run writes about 16.1 MB" in outcome.lines("error")[0]
 
 
+def test_a_hub_id_is_read_from_the_hubs_cache_and_is_69_when_neither_has_it(
+    tmp_path: Path,
+) -> None:
+    commit, hub = "a" * 40, tmp_path / "hub"
+    home = hub / "models--me--teacher"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    shutil.copytree(BUNDLED / "teacher", home / "snapshots" / commit)
+    words = ["models.teacher.path=me/teacher", "models.student.path=me/student", "run_dir=run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pocl_dist", "doctor", "tiny_cpu.yaml", *words, "data.limit=50"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_CACHE": str(hub),
+            "HF_HUB_OFFLINE": "1",
+        },
+    )
+    assert done.returncode == 69, done.stdout + done.stderr
+    assert "teacher: LlamaForCausalLM, 3 layers" in done.stdout
+    assert "'me/student' is no local folder or file, and the hub could not be" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
 # --- the environment
 
 ENVIRONMENTS = {
