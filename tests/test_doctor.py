@@ -435,6 +435,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache_and_is_69_when_neither_has_it(
     (home / "refs" / "main").write_text(commit)
     shutil.copytree(BUNDLED / "teacher", home / "snapshots" / commit)
     words = ["models.teacher.path=me/teacher", "models.student.path=me/student", "run_dir=run"]
+    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pocl_dist", "doctor", "tiny_cpu.yaml", *words, "data.limit=50"],
         capture_output=True,
