@@ -441,12 +441,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache_and_is_69_when_neither_has_it(
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_HUB_CACHE": str(hub),
-            "HF_HUB_OFFLINE": "1",
-        },
+        env={**os.environ, "PYTHONPATH": str(ROOT), **offline},
     )
     assert done.returncode == 69, done.stdout + done.stderr
     assert "teacher: LlamaForCausalLM, 3 layers" in done.stdout
