@@ -29,8 +29,13 @@ _WITH_CONTEXT = ", paired with an input that provides further context"
 class TextTokenizer(Protocol):
     """What an encoder asks of a tokenizer: transformers' have it, and so has ours without torch."""
 
-    name_or_path: str
-    chat_template: str | None
+    @property
+    def name_or_path(self) -> str:
+        """Where it was read from."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Template of messages; None without one."""
 
     @property
     def eos_token_id(self) -> int | None:

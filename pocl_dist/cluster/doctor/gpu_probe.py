@@ -47,8 +47,9 @@ def all_reduce(device_type: str, megabytes: int) -> dict[str, object]:
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     is_gpu = device_type == "cuda"
-    device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", "0")) if is_gpu else None)
+    device = torch.device(device_type)
     if is_gpu:
+        device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     distributed.init_process_group(
         "nccl" if is_gpu else "gloo", timeout=timedelta(seconds=WAIT_SECONDS)

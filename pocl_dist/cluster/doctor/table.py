@@ -8,7 +8,9 @@ from pocl_dist.cluster.doctor.registry import CHECKS
 
 def table() -> str:
     """Returns a row per check, in Markdown."""
-    rows = [(CONFIG, "all keys: type, range, contradictions; all mistakes at once", (64, 66))]
+    rows: list[tuple[str, str, tuple[int, ...]]] = [
+        (CONFIG, "all keys: type, range, contradictions; all mistakes at once", (64, 66))
+    ]
     rows += [(check.name, check.looks_at, check.exit_codes) for check in CHECKS]
     lines = [
         f"| {name} | {looks_at} | {', '.join(map(str, codes)) or 'warns only'} |"
