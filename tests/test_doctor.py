@@ -387,6 +387,12 @@ def test_a_planted_fault_is_found_with_the_code_of_the_run(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_exit_code_is_that_of_the_first_error_not_of_the_worst(doctor: Doctor) -> None:
+    outcome = doctor("data.limit=3", "models.teacher.path=/no/such", "data.template=chat")
+    assert len(outcome.lines("error")) == 3
+    assert outcome.code == 65
+
+
 def test_a_locked_run_directory_is_73_and_stays_as_it_is(doctor: Doctor, tmp_path: Path) -> None:
     with run_lock(tmp_path / "run"):
         outcome = doctor()

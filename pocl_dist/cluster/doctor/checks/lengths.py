@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 
 from pocl_dist.cluster.doctor.case import Case, Lengths
@@ -12,7 +13,7 @@ from pocl_dist.models.plain_tokenizer import PlainTokenizer
 from pocl_dist.records import EncodedExample, Example
 
 NUM_ENCODED = 1000
-"""Rows of each source that are tokenised, spread evenly over it."""
+"""Rows of each source that are tokenised, drawn from all that were read."""
 MANY = 0.05
 """A larger share of cut rows is worth a warning."""
 _UNBOUNDED = 1 << 40
@@ -56,9 +57,10 @@ def _encoder(config: Config, tokenizer: PlainTokenizer) -> Encoder:
 
 
 def _spread(examples: Sequence[Example], count: int) -> Sequence[Example]:
-    """Returns up to `count` of the examples, evenly spread: files are often sorted."""
-    step = max(1, len(examples) // count)
-    return examples[::step][:count]
+    """Returns up to `count` of the examples, the same ones each time: files are often sorted."""
+    if len(examples) <= count:
+        return examples
+    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), count))]
 
 
 def _lengths(

@@ -41,10 +41,14 @@ def limits(case: Case) -> Iterator[Finding]:
         yield ok(f"{soft} files may be open at once")
         return
     top = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    is_low = hard != resource.RLIM_INFINITY and hard < ENOUGH_FILES
+    higher = 65535 if hard == resource.RLIM_INFINITY else min(65535, hard)
     yield warning(
-        f"only {soft} files may be open at once",
+        f"only {soft} files may be open at once (the hard limit is {top})",
         "Ray and NCCL open many; a large node ends with 'too many open files'.",
-        f"ulimit -n {min(65535, hard) if hard > 0 else 65535} (at most {top} here)",
+        "let the hard limit be raised (limits.conf, LimitNOFILE, --ulimit nofile of a container)"
+        if is_low
+        else f"ulimit -n {higher}",
     )
 
 
