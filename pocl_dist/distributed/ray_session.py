@@ -149,9 +149,10 @@ def _has_token() -> bool:
     return bool(given) or (Path.home() / ".ray" / "auth_token").exists()
 
 
-def _check_reachable(address: str, timeout_seconds: float) -> None:
+def check_reachable(address: str, timeout_seconds: float) -> None:
     """Raises UnavailableError (69) unless a Ray driver can join `address` in time.
 
+    RefusedError (77) when it would let in whoever has no token, ConfigError (64) for no address.
     Tried in a process of its own, since `ray.init` retries for minutes in C++
     and cannot be interrupted.
     """
@@ -192,7 +193,7 @@ def _check_reachable(address: str, timeout_seconds: float) -> None:
 
 
 def _join_cluster(address: str, timeout_seconds: float) -> None:
-    _check_reachable(address, timeout_seconds)
+    check_reachable(address, timeout_seconds)
     _initialise(f"ray.address: could not join {address}", address=address)
 
 
@@ -209,6 +210,16 @@ def _head_address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+def check_token_mode() -> None:
+    """Raises RefusedError (77) when the environment asks for a Ray without token."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise RefusedError(
+            f"RAY_AUTH_MODE is {shown(os.environ['RAY_AUTH_MODE'])} in the environment: Ray "
+            "listens on all interfaces, and without a token whoever reaches a port can run code "
+            "(ShadowRay, CVE-2023-48022); unset it (SECURITY.md)"
+        )
+
+
 @contextlib.contextmanager
 def ray_session(config: RayConfig, on_lost: Callable[[str], None] | None = None) -> Iterator[None]:
     """Holds a connection to Ray; on exit its processes, devices, files are gone (a cluster's stay).
@@ -218,12 +229,7 @@ def ray_session(config: RayConfig, on_lost: Callable[[str], None] | None = None)
     UnavailableError (69) when Ray cannot be reached, RefusedError (77) when it would run, or runs,
     without a token.
     """
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        raise RefusedError(
-            f"RAY_AUTH_MODE is {shown(os.environ['RAY_AUTH_MODE'])} in the environment: Ray "
-            "listens on all interfaces, and without a token whoever reaches a port can run code "
-            "(ShadowRay, CVE-2023-48022); unset it (SECURITY.md)"
-        )
+    check_token_mode()
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
