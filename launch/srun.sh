@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Starts the ranks of a step inside a Slurm job: srun starts torchrun once on every node of the job.
 #
-#   NUM_RANKS=16 launch/srun.sh CONFIG.yaml [MORE.yaml ...] [section.key=value ...]
+#   RANKS_PER_NODE=8 launch/srun.sh CONFIG.yaml [MORE.yaml ...] [section.key=value ...]
 #
-# NUM_RANKS      ranks on all nodes together (default: one per node)
+# RANKS_PER_NODE ranks of each node (default: 1)
+# NUM_NODES      nodes the run was planned for; another number than the job's is refused (default: the job's)
 # STEP           distill, or cache with teacher.cache_engine: zero3 (default: distill)
 # PYTHON         interpreter of the environment pocl_dist is installed in (default: python)
-# MASTER_PORT    where rank 0 listens (default: by job id, below the range of outgoing connections)
+# MASTER_ADDR    where rank 0 listens (default: the job's first node)
+# MASTER_PORT    lowest of the 500 ports of which the job's id picks rank 0's (default: 8476)
+# JOIN_SECONDS   how long nodes wait for one another (default: 900)
 # GRACE_SECONDS  how long ranks may take to save once one of them has ended (default: 300)
 # LOG_DIR        every rank's output goes there too, one folder per restart and node (default: none)
 # CONTAINER      file that says how a command gets into a container (launch/slurm/container_*.sh)
@@ -25,18 +28,18 @@ if [ -n "${CONTAINER:-}" ]; then
     source "$CONTAINER"
 fi
 nodes=$SLURM_JOB_NUM_NODES
-NUM_RANKS=${NUM_RANKS:-$nodes}
-if [ $((NUM_RANKS % nodes)) -ne 0 ]; then
-    echo "srun.sh: engine.world_size: $NUM_RANKS ranks cannot be shared by the $nodes nodes of job $SLURM_JOB_ID" >&2
+if [ "${NUM_NODES:-$nodes}" -ne "$nodes" ]; then
+    echo "srun.sh: launch.nodes: $NUM_NODES, but job $SLURM_JOB_ID has $nodes" >&2
     exit 64
 fi
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 # torchrun reads its options from these, so that a node can add its own number.
 export PET_NNODES=$nodes
-export PET_NPROC_PER_NODE=$((NUM_RANKS / nodes))
+export PET_NPROC_PER_NODE=${RANKS_PER_NODE:-1}
 export PET_MASTER_ADDR=${MASTER_ADDR:-${names[0]}}
-export PET_MASTER_PORT=${MASTER_PORT:-$((5000 + SLURM_JOB_ID % 19 * 200))}
+export PET_MASTER_PORT=$((${MASTER_PORT:-8476} + SLURM_JOB_ID % 500))
+export PET_RDZV_BACKEND=static PET_RDZV_CONF=timeout=${JOIN_SECONDS:-900}
 export PET_MAX_RESTARTS=0                    # the batch script restarts: attempts are counted in one place
 export PET_SHUTDOWN_TIMEOUT=${GRACE_SECONDS:-300}
 # Slurm signals all processes of a step. Passed on by torchrun too, a SIGTERM would arrive twice, which to a rank means

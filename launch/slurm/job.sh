@@ -5,8 +5,6 @@
 # into the queue by this script itself, so that the jobs that wait for it keep waiting: a job that merely ends with a
 # code has failed, and Slurm would cancel them. All other codes end the chain.
 
-launch_dir=@folder:word@
-config=$launch_dir/config.yaml
 nodes=$SLURM_JOB_NUM_NODES
 max_requeues=@max_requeues:word@
 retryable=@retryable:word@
@@ -14,15 +12,18 @@ has_container=@has_container:word@
 idle_attempts=3                              # so many in a row that finish nothing are no bad luck any more
 busy_tries=5                                 # a killed attempt's lock ends by itself, half a minute later
 
-export CONTAINER=$PWD/$launch_dir/container.sh
-[ "${launch_dir#/}" = "$launch_dir" ] || CONTAINER=$launch_dir/container.sh
+launch_dir=$(realpath @folder:word@) || exit 74
+config=$launch_dir/config.yaml
+export CONTAINER=$launch_dir/container.sh
 export LOG_DIR=$launch_dir/logs/$STEP-$SLURM_JOB_ID
-export NUM_RANKS=@num_ranks:word@
+export RANKS_PER_NODE=@ranks_per_node:word@ MASTER_PORT=@master_port:word@
 export NODE_CPUS=${SLURM_CPUS_ON_NODE:-1} NODE_GPUS=@gpus_per_node:word@
 export JOIN_SECONDS=@join_seconds:word@
-export BASE_PORT=$((5000 + SLURM_JOB_ID % 19 * 200))
+export BASE_PORT=$((5000 + SLURM_JOB_ID % 17 * 200))
 # Whoever submitted this may have been a rank, or a run, itself.
-unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT POCL_DIST_PARENT POCL_DIST_ATTEMPT POCL_DIST_STARTED
+unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR POCL_DIST_PARENT POCL_DIST_ATTEMPT POCL_DIST_STARTED
+master_address=@master_address:word@
+[ -z "$master_address" ] || export MASTER_ADDR=$master_address
 mkdir -p "$LOG_DIR"
 image_python=$PYTHON
 if [ "$has_container" = yes ]; then

@@ -7,7 +7,7 @@
 # Ray's ports listen on all interfaces, and without a token whoever reaches them runs code there: the token is made here,
 # for this job, in a file of this user only, and stands on no command line. It is no encryption: see SECURITY.md.
 
-ray_dir=$(realpath "$launch_dir")/ray-$SLURM_JOB_ID
+ray_dir=$launch_dir/ray-$SLURM_JOB_ID
 ray_address=
 ray_watch=
 declare -A ray_pids=()                       # node -> its srun
@@ -100,6 +100,14 @@ ray_up() {
     ray_watch=$!
 }
 
+# The driver is a child of run_phase.sh, a child of this shell, of which the watcher is a copy.
+ray_end_driver() {
+    local phase
+    for phase in $(pgrep -P "$$" -f run_phase.sh); do
+        pkill -KILL -P "$phase"
+    done
+}
+
 # A lost worker is told, and the pass goes on without it. Without its head a driver may hang: it gets a minute and a half.
 ray_watch_nodes() {
     local node
@@ -111,7 +119,7 @@ ray_watch_nodes() {
             echo "$STEP: Ray has ended on node $node" >&2
             if [ "$node" = "${ray_nodes[0]}" ]; then
                 sleep 90
-                [ -e "$ray_dir/end" ] || pkill -KILL -P "$(cat "$ray_dir/phase")"
+                [ -e "$ray_dir/end" ] || ray_end_driver
                 return
             fi
         done

@@ -20,6 +20,7 @@ FILES = (
     "manifest.json.sha256",
     "lock",
     "control/*",
+    "launch/*",
     "timings.json",
     "models.json",
     "quarantine.jsonl",

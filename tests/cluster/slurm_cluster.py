@@ -1,9 +1,10 @@
 """Debian's Slurm on one machine: a controller and two nodes, each a host with a network of its own.
 
-    cluster = SlurmCluster(Path("/tmp/somewhere")); cluster.start(); ...; cluster.stop()
+    cluster = SlurmCluster(Path("/var/tmp/somewhere")); cluster.start(); ...; cluster.stop()
 
 `ctl`, `n1` and `n2` are network and UTS namespaces joined by a bridge inside `ctl`, so that daemons
-reach one another by name and nothing outside can reach them. munge has a key and socket of its own
+reach one another by name and nothing outside can reach them. Each has a /tmp of its own; all other
+folders are shared, as on a cluster: the folder given must not lie under /tmp. munge has a key and socket of its own
 here, and everything that was started is ended by its process id. Root only; Debian's packages
 `slurmctld slurmd slurm-client munge iproute2`.
 """
@@ -81,10 +82,12 @@ class SlurmCluster:
     def on(self, host: str, *command: str) -> list[str]:
         """Returns the command that runs `command` on a host (`ctl`, `n1` or `n2`)."""
         # Not `ip netns exec`: its new /sys hides the cgroups that slurmd asks for.
-        script = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
+        script = (
+            'mount --bind "$0/hosts" /etc/hosts && mount --bind "$0/tmp-$1" /tmp && '
+            'hostname "$1" && shift && exec "$@"'
+        )
         space = f"--net=/run/netns/{self.prefix}-{host}"
-        names = str(self.folder / "hosts")
-        shell = ["unshare", "--uts", "--mount", "bash", "-c", script, names, host]
+        shell = ["unshare", "--uts", "--mount", "bash", "-c", script, str(self.folder), host]
         return ["nsenter", space, *shell, *command]
 
     def run(self, *command: str, host: str = "ctl", check: bool = True) -> str:
@@ -103,7 +106,8 @@ class SlurmCluster:
     def start(self) -> None:
         """Makes the hosts and starts munge, controller and nodes; returns when both are idle."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
+        own = [f"tmp-{host}" for host in ADDRESSES] + [f"spool-{node}" for node in NODES]
+        for name in ("state", "munge", *own):
             (self.folder / name).mkdir(mode=0o755, exist_ok=True)
         values = {**ADDRESSES, "folder": self.folder, "cpus": self.cpus}
         (self.folder / "slurm.conf").write_text(_CONF.format(**values))
