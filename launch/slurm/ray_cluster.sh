@@ -15,14 +15,7 @@ export RAY_DIR=$ray_dir
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$ray_dir/token RAY_USAGE_STATS_ENABLED=0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0  # an actor without GPU keeps its environment
 export RAY_worker_register_timeout_seconds=120
-
-ray_on() {                                   # NODE COMMAND ...: one more step on one node
-    local node=$1
-    shift
-    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --export=ALL --input=none \
-        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-        "${srun_container[@]}" "$@"
-}
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # the pass does a lost shard again: nothing is to be drained
 
 ray_fail() {
     echo "$STEP: $1" >&2
@@ -49,7 +42,9 @@ ray_check_shared() {
 }
 
 ray_start_node() {                           # NODE head|worker OTHER
-    ray_on "$1" bash "$launch_dir/ray_node.sh" "$2" "$3" >>"$LOG_DIR/ray-$1.log" 2>&1 &
+    srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" --export=ALL --input=none \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${srun_container[@]}" \
+        bash "$launch_dir/ray_node.sh" "$2" "$3" >>"$LOG_DIR/ray-$1.log" 2>&1 &
     ray_pids[$1]=$!
 }
 
@@ -127,19 +122,19 @@ ray_watch_nodes() {
     done
 }
 
+# The nodes see the file `end` and end by themselves; whatever does not is ended.
 ray_down() {
-    local node ends=$((SECONDS + 30))
+    local node ends=$((SECONDS + 20))
     touch "$ray_dir/end"
-    for node in "${!ray_pids[@]}"; do
-        kill -TERM "${ray_pids[$node]}" 2>/dev/null
-    done
+    [ -z "$ray_watch" ] || kill "$ray_watch" 2>/dev/null
     for node in "${!ray_pids[@]}"; do
         while kill -0 "${ray_pids[$node]}" 2>/dev/null && [ "$SECONDS" -lt "$ends" ]; do
             sleep 1
         done
-        kill -KILL "${ray_pids[$node]}" 2>/dev/null
+        # The first makes srun send SIGTERM to the node, the second SIGKILL.
+        kill -TERM "${ray_pids[$node]}" 2>/dev/null && sleep 2 && kill -TERM "${ray_pids[$node]}" 2>/dev/null
+        wait "${ray_pids[$node]}" 2>/dev/null
     done
-    [ -z "$ray_watch" ] || kill "$ray_watch" 2>/dev/null
     ray_pids=()
     rm -rf "$ray_dir"
 }

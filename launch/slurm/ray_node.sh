@@ -35,7 +35,8 @@ else
 fi
 
 daemon=
-trap 'touch "$RAY_DIR/end"; [ -z "$daemon" ] || kill -TERM "$daemon"' TERM INT
+is_over=
+trap 'is_over=yes; [ -z "$daemon" ] || kill -TERM "$daemon" 2>/dev/null' TERM INT
 for ((try = 1; try <= tries; try++)); do
     started=$SECONDS
     "${python[@]}" -m ray.scripts.scripts start "${options[@]}" &
@@ -44,12 +45,17 @@ for ((try = 1; try <= tries; try++)); do
         if [ "$role" = head ] && [ ! -e "$RAY_DIR/address" ] && (exec 3<>"/dev/tcp/${head%:*}/${head#*:}") 2>/dev/null; then
             echo "$head" >"$RAY_DIR/.address" && mv "$RAY_DIR/.address" "$RAY_DIR/address"
         fi
+        if [ -z "$is_over" ] && { [ -e "$RAY_DIR/end" ] || [ ! -d "$RAY_DIR" ]; }; then
+            is_over=yes
+            kill -TERM "$daemon" 2>/dev/null
+        fi
         sleep 1
     done
     wait "$daemon"
     echo "ray_node.sh: $role on $SLURMD_NODENAME ended with $? after $((SECONDS - started)) s, try $try of $tries"
+    [ -z "$is_over" ] || exit 0
     # What was up for a while and ended is a lost node: its work goes to the others.
-    if [ -e "$RAY_DIR/end" ] || [ $((SECONDS - started)) -gt 120 ]; then
+    if [ $((SECONDS - started)) -gt 120 ]; then
         exit 69
     fi
     sleep 5
