@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC2153
 # Sourced: how a command gets into a container. Here: srun's own options, by the plugin Pyxis.
 
 mkdir -p "$RUN_DIR"

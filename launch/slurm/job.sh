@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154,SC2329  # the script that sources this sets some names; traps call
 # What the script of a job does, whatever its step: sourced by it on the first node.
 #
 # A warning (USR1 by --signal=B:USR1, TERM) makes the step save and end with 75. What a new attempt can mend is put back

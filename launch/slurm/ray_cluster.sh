@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154,SC2034  # names of job.sh and container.sh
 # Sourced by job.sh: a Ray cluster on the nodes of the job, for one step of actors.
 #
 # ray_up     starts head and workers; sets ray_address; else sets code (69, 74) and returns 1
