@@ -12,6 +12,8 @@ Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:=@%
 TimeLimit = Annotated[
     str, StringConstraints(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$|^\d+$|^\d{1,4}:\d{2}$")
 ]
+Option = Annotated[Line, StringConstraints(pattern=r"^--[a-z][a-z0-9-]*(=.*)?$")]
+Mount = Annotated[Line, StringConstraints(pattern=r"^/[^,:]*:/[^,:]*(:r[ow])?$")]
 
 
 class SlurmConfig(Section):
@@ -37,7 +39,7 @@ class SlurmConfig(Section):
     """Of each node, e.g. `400G`; `0`: all of it; null: the default."""
     gpu_type: Word | None = None
     """E.g. `h100`; null: any GPU."""
-    extra_options: list[Annotated[Line, StringConstraints(pattern=r"^--[a-z][a-z0-9-]*(=.*)?$")]] = []
+    extra_options: list[Option] = []
     """More options for sbatch, e.g. `--reservation=night`."""
     max_requeues: Annotated[int, Field(ge=0)] = 20
     """Restarts of a job, whoever asked for them, before it ends with its code and the chain too.
@@ -47,7 +49,7 @@ class SlurmConfig(Section):
     outside; the interpreter `launch.python` is the image's."""
     image: Line | None = None
     """Of the container: what `srun --container-image` or `apptainer exec` takes."""
-    mounts: list[Annotated[Line, StringConstraints(pattern=r"^/[^,:]*:/[^,:]*(:r[ow])?$")]] = []
+    mounts: list[Mount] = []
     """`SOURCE:TARGET` for the container. The working folder and the run directory are mounted
     under their own names anyway; models and data elsewhere belong here."""
 
@@ -56,8 +58,8 @@ class RayJobConfig(Section):
     """The jobs of `pocl-dist launch --target ray`: steps sent to a Ray cluster that is there."""
 
     address: Line | None = None
-    """Of its jobs interface, e.g. `http://127.0.0.1:8265`; null: the variable RAY_API_SERVER_ADDRESS.
-    The token comes from the environment (RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN)."""
+    """Of its jobs interface, e.g. `http://127.0.0.1:8265`; null: RAY_API_SERVER_ADDRESS of the
+    environment. The token comes from there too (RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN)."""
     poll_seconds: Annotated[int, Field(ge=1)] = 10
     """How often a job is asked how it stands."""
     max_resubmits: Annotated[int, Field(ge=0)] = 20

@@ -4,9 +4,9 @@
 
 `ctl`, `n1` and `n2` are network and UTS namespaces joined by a bridge inside `ctl`, so that daemons
 reach one another by name and nothing outside can reach them. Each has a /tmp of its own; all other
-folders are shared, as on a cluster: the folder given must not lie under /tmp. munge has a key and socket of its own
-here, and everything that was started is ended by its process id. Root only; Debian's packages
-`slurmctld slurmd slurm-client munge iproute2`.
+folders are shared, as on a cluster: the folder given must not lie under /tmp. munge has a key and
+socket of its own here, and everything that was started is ended by its process id. Root only;
+Debian's packages `slurmctld slurmd slurm-client munge iproute2`.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ ReturnToService=2
 SchedulerParameters=bf_interval=5,sched_interval=5,sched_min_interval=100000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1 NodeAddr={n1} NodeHostname=n1 CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000
-NodeName=n2 NodeAddr={n2} NodeHostname=n2 CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000
+NodeName=DEFAULT CPUs={cpus} SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000
+NodeName=n1 NodeAddr={n1} NodeHostname=n1
+NodeName=n2 NodeAddr={n2} NodeHostname=n2
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=60
 PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=60
 """
