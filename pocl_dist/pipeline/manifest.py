@@ -27,8 +27,7 @@ from pocl_dist.pipeline.versions import RUN_FORMAT, versions
 
 MANIFEST_NAME = "manifest.json"
 SEAL_NAME = "manifest.json.sha256"
-# `status.json` has a digest of its own; lock and requests are gone when a run has ended; jobs write
-# their logs beside the files they were started with.
+# `status.json` has a digest of its own; lock and requests are gone when a run has ended.
 UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control", "launch")
 
 

@@ -58,7 +58,7 @@ ReturnToService=2
 SchedulerParameters=bf_interval=5,sched_interval=5,sched_min_interval=100000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=DEFAULT CPUs={cpus} SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000
+NodeName=DEFAULT CPUs={cpus} Sockets=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000
 NodeName=n1 NodeAddr={n1} NodeHostname=n1
 NodeName=n2 NodeAddr={n2} NodeHostname=n2
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=60

@@ -120,10 +120,17 @@ def options(plan: LaunchPlan, step: str) -> list[str]:
 
 
 def quoted(option: str) -> str:
-    r"""Returns an option as sbatch reads it from a `#SBATCH` line: `\` takes a sign as it is."""
-    if "\n" in option or "\r" in option:
-        raise ConfigError(f"run_dir: {option!r} has a line break, which no job file can hold")
-    return "".join(f"\\{sign}" if sign in " \t\\\"'#" else sign for sign in option)
+    """Returns an option as sbatch reads it back from a `#SBATCH` line."""
+    if any(sign in option for sign in "\n\r\\"):
+        raise ConfigError(
+            f"{option!r} has a line break or a backslash, which no job file of Slurm can hold: "
+            "choose another run_dir (or launch.slurm.extra_options)"
+        )
+    if all(sign.isalnum() or sign in "-_=/.,:@%+|&" for sign in option):
+        return option
+    name, _, value = option.partition("=")
+    escaped = value.replace('"', '\\"')
+    return f'{name}="{escaped}"'
 
 
 def _check(plan: LaunchPlan) -> None:
