@@ -19,7 +19,7 @@ from pocl_dist.cluster.targets import slurm
 from pocl_dist.config.shipped import launch_file
 from pocl_dist.errors import EXIT_CODES, ConfigError, UnavailableError
 
-HOSTILE = 'runs/it\'s "a" #1 $(touch pwned) \\ 100%'
+HOSTILE = 'runs/it\'s "a" #1 $(touch pwned) `id` 100%'
 CHAIN = ["measure", "plan", "cache", "distill", "evaluate", "report"]
 
 
@@ -30,9 +30,10 @@ def plan_of(*words: str, folder: str | None = None) -> LaunchPlan:
 
 
 def header(text: str) -> dict[str, str]:
-    """Returns the options of a job as sbatch reads them: a backslash takes a sign as it is."""
-    lines = re.findall(r"^#SBATCH (.*)$", text, re.M)
-    options = [re.sub(r"\\(.)", r"\1", line) for line in lines]
+    """Returns the options of a job as sbatch reads them, which has a shell's quotes."""
+    lines = [shlex.split(line) for line in re.findall(r"^#SBATCH (.*)$", text, re.M)]
+    assert all(len(words) == 1 for words in lines), lines
+    options = [words[0] for words in lines]
     return {name.lstrip("-"): value for name, _, value in (o.partition("=") for o in options)}
 
 
@@ -124,6 +125,7 @@ def test_the_scripts_are_what_shellcheck_likes(tmp_path: Path, container: str) -
         ("launch.folder=work", "launch.folder"),
         ("launch.master_port=65400", "launch.master_port"),
         ('run_dir="a\\nb"', "run_dir"),
+        (r"run_dir=a\b", "run_dir"),
         ("launch.slurm.partition=a b", "launch.slurm.partition"),
         ("launch.slurm.extra_options=[rm -rf x]", "launch.slurm.extra_options"),
         ("launch.slurm.mounts=[data]", "launch.slurm.mounts"),
