@@ -23,6 +23,7 @@ options=(
     --node-manager-port=$((BASE_PORT + 2)) --object-manager-port=$((BASE_PORT + 3))
     --runtime-env-agent-port=$((BASE_PORT + 4)) --dashboard-agent-grpc-port=$((BASE_PORT + 5))
     --dashboard-agent-listen-port=$((BASE_PORT + 6)) --metrics-export-port=$((BASE_PORT + 7))
+    --dashboard-port=$((BASE_PORT + 9))      # there is none, but its usual port may lie among the workers'
     --min-worker-port=$((BASE_PORT + 20)) --max-worker-port=$((BASE_PORT + 199))
 )
 if [ "$role" = head ]; then
