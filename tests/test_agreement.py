@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pocl_dist.config import Config, load_config
+from pocl_dist.errors import MismatchError
 from pocl_dist.pipeline.agreement import describe_strays, setup_of
+from pocl_dist.versions import check_same_versions, versions
 from tests.ranks import run_ranks, run_ranks_with_errors
 
 
@@ -26,7 +33,14 @@ def test_ranks_of_one_config_agree_and_another_config_is_refused_on_all_ranks() 
         assert "seed is 8, not 7" in error[1] and "(rank 1)" in error[1]
 
 
-def _told(host: str, **changes: object) -> dict:
+def test_an_actor_on_a_host_with_other_packages_is_refused_by_name() -> None:
+    check_same_versions(versions())
+    told = rf"host {re.escape(socket.gethostname())}: torch is .*, not 2\.9\.0"
+    with pytest.raises(MismatchError, match=told):
+        check_same_versions({**versions(), "torch": "2.9.0"})
+
+
+def _told(host: str, **changes: object) -> dict[str, Any]:
     config: Config = load_config(["tiny_cpu.yaml"])
     return {"host": host, "setup": {**setup_of(config), **changes}}
 

@@ -13,7 +13,7 @@ from pocl_dist.cli import main
 from pocl_dist.cluster.launch import find_target, launch
 from pocl_dist.cluster.launch_plan import LaunchPlan, make_plan
 from pocl_dist.cluster.targets import TARGETS
-from pocl_dist.cluster.templates import fill_text
+from pocl_dist.cluster.templates import Value, fill_text
 from pocl_dist.config import load_config
 from pocl_dist.config.shipped import launch_file
 from pocl_dist.config.steps import steps_of
@@ -148,7 +148,7 @@ def test_values_reach_a_job_as_they_are_whatever_they_hold(tmp_path: Path) -> No
 
 def test_a_template_is_filled_whole_or_not_at_all() -> None:
     text = "a=@a:word@ b=@b:plain@\n#@c:lines@\n#@d:exports@\n"
-    values = {"a": "x y", "b": 3, "c": ["one", "two"], "d": {"K": "v w"}}
+    values: dict[str, Value] = {"a": "x y", "b": 3, "c": ["one", "two"], "d": {"K": "v w"}}
     assert fill_text(text, values, "t") == "a='x y' b=3\none\ntwo\nexport K='v w'\n"
     with pytest.raises(ValueError, match=r"without a value: \['d'\]"):
         fill_text(text, {key: value for key, value in values.items() if key != "d"}, "t")

@@ -23,7 +23,7 @@ from pocl_dist.files import (
     read_json,
     sha256_file,
 )
-from pocl_dist.pipeline.versions import RUN_FORMAT, versions
+from pocl_dist.versions import RUN_FORMAT, versions
 
 MANIFEST_NAME = "manifest.json"
 SEAL_NAME = "manifest.json.sha256"
