@@ -130,6 +130,9 @@ def test_the_scripts_are_what_shellcheck_likes(tmp_path: Path, container: str) -
         ("launch.slurm.extra_options=[rm -rf x]", "launch.slurm.extra_options"),
         ("launch.slurm.mounts=[data]", "launch.slurm.mounts"),
         ("launch.slurm.time_limit=tomorrow", "launch.slurm.time_limit"),
+        ('launch.slurm.time_limit="5:00"', "launch.slurm.time_limit"),
+        ('launch.slurm.time_limit="0:05:00"', "launch.slurm.time_limit"),
+        ('launch.slurm.time_limit="5"', "launch.slurm.time_limit"),
     ],
 )
 def test_what_a_job_cannot_be_is_refused(word: str, key: str) -> None:

@@ -103,7 +103,8 @@ ray_end_driver() {
     done
 }
 
-# A lost worker is told, and the pass goes on without it. Without its head a driver may hang: it gets a minute and a half.
+# A lost worker is told, and the pass goes on without it. Without its head there is nothing to go on with: the driver is
+# asked to stop, and ended when it hangs.
 ray_watch_nodes() {
     local node
     while [ "${#ray_pids[@]}" -gt 0 ]; do
@@ -113,7 +114,8 @@ ray_watch_nodes() {
             [ -e "$ray_dir/end" ] && return
             echo "$STEP: Ray has ended on node $node" >&2
             if [ "$node" = "${ray_nodes[0]}" ]; then
-                sleep 90
+                pkill -USR1 -P "$$" -f run_phase.sh
+                sleep 60
                 [ -e "$ray_dir/end" ] || ray_end_driver
                 return
             fi

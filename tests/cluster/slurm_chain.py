@@ -3,8 +3,9 @@
     python -m tests.cluster.slurm_chain [failing | chain]     (as root; about five minutes)
 
 1. The chain of a tiny config, submitted by `pocl-dist launch --target slurm`, runs to its report.
-2. The same chain, whose distill is preempted once by another job and once put back into the queue
-   by `scontrol requeue`, ends with the same losses, bit for bit; the later steps wait for it.
+2. The same chain, whose distill is preempted by another job, warned by USR1 as before its time
+   limit, and put back into the queue by `scontrol requeue`, ends with the same losses, bit for bit;
+   the later steps wait for it.
 3. A step that fails with 64 ends the chain: the later steps are cancelled, nothing is repeated.
 """
 
@@ -24,14 +25,13 @@ from pathlib import Path
 from tests.cluster.slurm_cluster import PACKAGES, SlurmCluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# 4 x 24 rows in two stages: 3 + 6 + ... steps of half a second each.
 WORDS = (
     "configs/tiny_cpu.yaml",
     "data.limit=96",
     "data.dev_limit=16",
     "data.eval_limit=16",
     "curriculum.num_stages=2",
-    "curriculum.visits_per_example=6",
+    "curriculum.visits_per_example=8",
     "checkpoint.every=3",
     "checkpoint.keep_last=100",
     "ray.shard_size=32",
@@ -162,30 +162,39 @@ def check_disturbed(cluster: SlurmCluster, folder: Path, undisturbed: Chain) -> 
     chain.run_dir.mkdir()
     shutil.copytree(undisturbed.run_dir / "difficulty", chain.run_dir / "difficulty")
     chain.submit()
-    later = ("evaluate", "report")
     chain.wait_for("distill", "RUNNING")
     chain.wait("two steps", lambda: len(chain.rows("step")) >= 2)
     preempt = ["sbatch", "--parsable", "-p", "high", "-N2", "-J", "urgent", "--output=/dev/null"]
     urgent = cluster.run(*preempt, "--wrap", "srun -N2 sleep 3").strip()
     say(f"job {urgent} of a partition with priority wants both nodes")
-    chain.wait("distill is put back", lambda: chain.field("distill", "Restarts") == "1", 120)
-    stopped_at = len(chain.rows("step"))
-    saved_at = chain.checkpoint_steps()[-1]
-    say(f"preempted after step {stopped_at}, saved at {saved_at}; states {chain.states()}")
-    assert saved_at == stopped_at, "what was trained was not saved"
-    assert all(chain.field(step, "JobState") == "PENDING" for step in later)
-    chain.hurry("distill")
-    chain.wait("two more steps", lambda: len(chain.rows("step")) >= stopped_at + 2)
+    put_back(chain, 1, is_saved=True)
+    say("USR1 to the batch script, as before a time limit")
+    cluster.run("scancel", "--batch", "--signal=USR1", str(chain.jobs["distill"]))
+    put_back(chain, 2, is_saved=True)
     say("scontrol requeue, without a warning")
     cluster.run("scontrol", "requeue", str(chain.jobs["distill"]))
-    chain.wait("distill is put back", lambda: chain.field("distill", "Restarts") == "2", 120)
-    assert all(chain.field(step, "JobState") == "PENDING" for step in later)
-    chain.hurry("distill")
+    put_back(chain, 3, is_saved=False)
     for step in STEPS[2:]:
         chain.wait_for(step, "COMPLETED")
         say(f"{step}: COMPLETED, {chain.field(step, 'Restarts')} restarts")
     compare(chain, undisturbed)
     verify(chain.run_dir)
+
+
+def put_back(chain: Chain, num_restarts: int, is_saved: bool) -> None:
+    """Waits until distill is in the queue again; starts it at once, and waits for two steps."""
+    chain.wait(
+        f"distill is put back, restart {num_restarts}",
+        lambda: chain.field("distill", "Restarts") == str(num_restarts),
+        120,
+    )
+    num_steps, saved_at = len(chain.rows("step")), chain.checkpoint_steps()[-1]
+    say(f"distill is in the queue again: {num_steps} steps done, saved at {saved_at}")
+    assert not is_saved or saved_at == num_steps, "what was trained was not saved"
+    waiting = {step: chain.field(step, "JobState") for step in ("evaluate", "report")}
+    assert set(waiting.values()) == {"PENDING"}, waiting
+    chain.hurry("distill")
+    chain.wait("two more steps", lambda: len(chain.rows("step")) >= saved_at + 2)
 
 
 def compare(chain: Chain, undisturbed: Chain) -> None:

@@ -141,6 +141,11 @@ def _check(plan: LaunchPlan) -> None:
             f"launch.slurm.image: {slurm.image!r} with launch.slurm.container "
             f"{slurm.container!r}: give both, or neither"
         )
+    if _seconds(slurm.time_limit) <= launch.grace_seconds:
+        raise ConfigError(
+            f"launch.slurm.time_limit: {slurm.time_limit} is no longer than launch.grace_seconds "
+            f"({launch.grace_seconds} s): the warning would come at once"
+        )
     if launch.folder is not None and not launch.folder.startswith("/"):
         raise ConfigError(
             f"launch.folder: {launch.folder!r} must be absolute: jobs start wherever they are "
@@ -153,6 +158,16 @@ def _check(plan: LaunchPlan) -> None:
         )
     if slurm.container != "none" and any(sign in plan.run_dir for sign in ":,"):
         raise ConfigError(f"run_dir: {plan.run_dir!r}: a container cannot mount a path with : or ,")
+
+
+def _seconds(time_limit: str) -> int:
+    """Returns a limit of Slurm ([days-]hours:minutes:seconds, minutes:seconds or minutes)."""
+    days, _, clock = time_limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if len(parts) == 1:
+        parts = [*parts, 0]
+    seconds = sum(part * 60**i for i, part in enumerate(reversed(parts)))
+    return seconds + 86400 * int(days or 0)
 
 
 def submit(plan: LaunchPlan, folder: Path) -> str:
