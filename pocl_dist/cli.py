@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist import __version__
+from pocl_dist.cluster.estimate.arguments import add_arguments, options_of
 from pocl_dist.errors import (
     EXIT_CODES,
     MismatchError,
@@ -79,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
             )
+    text = "memory, time and disk that a config needs on a cluster; loads no model, no GPU is needed"
+    estimate = commands.add_parser("estimate", help=text, description=text)
+    estimate.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
+    add_arguments(estimate)
     verify = commands.add_parser(
         "verify", help="re-check every file of a run directory against its manifest"
     )
@@ -106,6 +111,14 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
     return step
 
 
+def _files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the config files and the `section.key=value` among a command's words."""
+    # A path may hold a "=" too, but has a slash or a dot before it that no key has.
+    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
+    files = [word for word in words if not is_override(word)]
+    return files, [word for word in words if is_override(word)]
+
+
 def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.config import load_config
     from pocl_dist.pipeline.manifest import remove_leftovers
@@ -115,10 +128,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.pipeline.run_step import run_step
     from pocl_dist.pipeline.stop_request import mark_start
 
-    # A path may hold a "=" too, but has a slash or a dot before it that no key has.
-    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
-    files = [word for word in words if not is_override(word)]
-    config = load_config(files, [word for word in words if is_override(word)])
+    config = load_config(*_files_and_overrides(words))
     run = RunDirectory(Path(config.run_dir))
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     is_ranks_work = command == "distill" or (
@@ -215,6 +225,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         from pocl_dist.pipeline.status_file import outcome
 
         return outcome(arguments.run_dir)
+    elif arguments.command == "estimate":
+        from pocl_dist.cluster.estimate.estimate import estimate
+
+        estimate(*_files_and_overrides(arguments.config), options_of(arguments))
     elif arguments.command == "score":
         from pocl_dist.pipeline.score import score_files
 
