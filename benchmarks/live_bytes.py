@@ -65,11 +65,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 class SavedBytes:
-    """Bytes that autograd keeps of what runs inside `with SavedBytes(skip) as saved:`."""
+    """Bytes that autograd keeps of what runs inside `with SavedBytes(parameters) as saved:`.
 
-    def __init__(self, skip: Iterable[torch.Tensor]) -> None:
+    Parameters do not count; ZeRO-3 gives them new storages while the code runs.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         self.bytes = 0
-        self._skipped = {x.untyped_storage().data_ptr() for x in skip}
+        self._parameters = list(parameters)
         self._kept: set[int] = set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
 
@@ -83,7 +86,8 @@ class SavedBytes:
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         pointer = storage.data_ptr()
-        if pointer not in self._kept and pointer not in self._skipped:
+        weights = {p.data.untyped_storage().data_ptr() for p in self._parameters}
+        if pointer not in self._kept and pointer not in weights:
             self._kept.add(pointer)
             self.bytes += storage.nbytes()
         return tensor

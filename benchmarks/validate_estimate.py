@@ -36,7 +36,7 @@ SIZES = {
 }
 
 
-# ------------------------------------------------------------------------------------ models and rows
+# ---------------------------------------------------------------------------------- models and rows
 
 
 def write_inputs(folder: Path, size: str, num_rows: int) -> None:
@@ -64,7 +64,10 @@ def write_inputs(folder: Path, size: str, num_rows: int) -> None:
     with (folder / "rows.jsonl").open("w") as handle:
         for row in range(num_rows):
             text = [f"w{1 + (7 * row + i) % (vocabulary - 1)}" for i in range(2 * length)]
-            value = {"prompt": " ".join(text[:half]), "response": " ".join(text[half : half + length])}
+            value = {
+                "prompt": " ".join(text[:half]),
+                "response": " ".join(text[half : half + length]),
+            }
             handle.write(json.dumps(value) + "\n")
 
 
@@ -86,7 +89,8 @@ def config_words(folder: Path, size: str, world_size: int, stage: int, steps: in
         f"engine.zero_stage={stage}",
         f"engine.micro_batch_size={micro}",
         f"engine.global_batch_size={batch}",
-        f"engine.zero_options={{reduce_bucket_size: {BUCKET}, stage3_param_persistence_threshold: 0}}",
+        f"engine.zero_options.reduce_bucket_size={BUCKET}",
+        "engine.zero_options.stage3_param_persistence_threshold=0",
         "engine.dtype=fp32",
         "loss.compile=never",
         "log.tensorboard=false",
@@ -98,7 +102,7 @@ def num_rows(size: str) -> int:
     return 8 * SIZES[size][2]
 
 
-# --------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 
 
 def run_rank(words: list[str], is_memory: bool) -> dict[str, object]:
@@ -185,13 +189,14 @@ def plan(words: list[str]) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-# ---------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------------------- comparison
 
 
 def estimated(words: list[str], world_size: int, *, flops: float | None):  # type: ignore[no-untyped-def]
     """Returns the estimate on this machine; without `flops` it is measured now."""
     from pocl_dist.cluster.estimate.arguments import Options
-    from pocl_dist.cluster.estimate.estimate import make_estimate, make_setup
+    from pocl_dist.cluster.estimate.estimate import make_estimate
+    from pocl_dist.cluster.estimate.inputs import make_setup
 
     options = Options(device="cpu", nodes=1, gpus_per_node=world_size, flops=flops)
     return make_estimate(make_setup([], words, options))

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
             )
-    text = "memory, time and disk that a config needs on a cluster; loads no model, no GPU is needed"
+    text = "memory, time and disk that a config needs on a cluster; loads no model"
     estimate = commands.add_parser("estimate", help=text, description=text)
     estimate.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
     add_arguments(estimate)

@@ -21,6 +21,7 @@ from pocl_dist.losses.compiled import BLOCK_COMPILER
 from pocl_dist.losses.registry import Divergence, get_divergence
 from pocl_dist.records import LMHead, TeacherOutput, TeacherTopK
 
+
 @dataclass(frozen=True)
 class DistillationLoss:
     """Sums over the labelled tokens; the caller divides once, by the global token count.

@@ -63,8 +63,10 @@ def activation_bytes(
     tokens = num_rows * length
     one = tokens * layer_bytes(shape, s)
     one += attention_matrix_bytes(shape, num_rows, length, s, is_cpu=is_cpu)
-    layers = shape.num_layers * tokens * shape.hidden * s + one if is_checkpointed else (
-        shape.num_layers * one
+    layers = (
+        shape.num_layers * tokens * shape.hidden * s + one
+        if is_checkpointed
+        else (shape.num_layers * one)
     )
     ends = norm_bytes(shape, shape.hidden, s)  # the last norm and its result
     if shape.head_hidden != shape.hidden:

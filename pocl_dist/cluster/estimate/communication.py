@@ -63,9 +63,7 @@ def all_gather_seconds(num_bytes: float, cluster: Cluster, num_messages: float =
     if cluster.world_size == 1 or num_bytes == 0:
         return 0.0
     each = num_bytes / num_messages
-    return num_messages * min(
-        flat_ring_seconds(each, cluster), hierarchical_seconds(each, cluster)
-    )
+    return num_messages * min(flat_ring_seconds(each, cluster), hierarchical_seconds(each, cluster))
 
 
 def reduce_scatter_seconds(num_bytes: float, cluster: Cluster, num_messages: float = 1) -> float:

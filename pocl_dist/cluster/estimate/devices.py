@@ -89,22 +89,23 @@ def _gpu(
     )
 
 
+_DGX = "{0} data sheet ({1}); NVLink {2} GB/s both ways; {3} Gb/s InfiniBand per GPU"
 DEVICES: Mapping[str, Device] = MappingProxyType(
     {
         device.name: device
         for device in (
             _gpu("a100-40g", 40, 312, 19.5, 1555, 300, 25, 4,
-                 "NVIDIA A100 data sheet (SXM4 40 GB); NVLink 600 GB/s both ways; DGX A100: 200 Gb/s HDR per GPU"),
+                 _DGX.format("NVIDIA A100", "SXM4 40 GB, dense", 600, "DGX A100: 200")),
             _gpu("a100-80g", 80, 312, 19.5, 2039, 300, 25, 4,
-                 "NVIDIA A100 data sheet (SXM4 80 GB); NVLink 600 GB/s both ways; DGX A100: 200 Gb/s HDR per GPU"),
+                 _DGX.format("NVIDIA A100", "SXM4 80 GB, dense", 600, "DGX A100: 200")),
             _gpu("h100-80g", 80, 989, 67, 3350, 450, 50, 5,
-                 "NVIDIA H100 data sheet (SXM5, dense); NVLink 900 GB/s both ways; DGX H100: 400 Gb/s NDR per GPU"),
+                 _DGX.format("NVIDIA H100", "SXM5, dense", 900, "DGX H100: 400")),
             _gpu("h200-141g", 141, 989, 67, 4800, 450, 50, 5,
-                 "NVIDIA H200 data sheet (SXM5, dense); NVLink 900 GB/s both ways; DGX H200: 400 Gb/s NDR per GPU"),
+                 _DGX.format("NVIDIA H200", "SXM5, dense", 900, "DGX H200: 400")),
             _gpu("b200-180g", 180, 2250, 75, 8000, 900, 50, 5,
-                 "NVIDIA DGX B200 data sheet (dense); NVLink 1800 GB/s both ways; 400 Gb/s NDR per GPU"),
+                 _DGX.format("NVIDIA DGX B200", "dense", 1800, "400")),
             _gpu("l40s-48g", 48, 362, 91.6, 864, 25, 12.5, 4,
-                 "NVIDIA L40S data sheet (dense); no NVLink: PCIe 4 x16; 400 Gb/s per four GPUs assumed"),
+                 "NVIDIA L40S data sheet (dense); PCIe 4 x16; one 400 Gb/s port for four assumed"),
         )
     }
 )  # fmt: skip

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pocl_dist.cluster.estimate.layout import StepLayout
 from pocl_dist.cluster.estimate.setup import Setup
 from pocl_dist.cluster.estimate.shapes import ModelShape
-from pocl_dist.cluster.estimate.workload import StepLayout
 
 _OPERATORS_PER_LAYER = 45  # of a forward pass of Llama in transformers, counted
 _BACKWARD = 2  # as much work again, twice

@@ -65,7 +65,9 @@ def measure_link(rank: int, world_size: int, meeting: str) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+    )
 
     def gather(num: int) -> float:
         part, whole = torch.zeros(num), torch.zeros(num * world_size)

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 from pocl_dist.cluster.estimate.activations import activation_bytes, forward_bytes
 from pocl_dist.cluster.estimate.setup import Setup
-from pocl_dist.cluster.estimate.shapes import ModelShape
+from pocl_dist.cluster.estimate.teacher_memory import (
+    is_partitioned,
+    teacher_answer,
+    teacher_working,
+)
+from pocl_dist.cluster.estimate.zero_memory import held_state, update_bytes
 from pocl_dist.config.chunk_size import tokens_per_chunk
-from pocl_dist.distributed.zero_bytes import expected_bytes
 
 PARTS = (
     "parameters",
@@ -25,10 +29,6 @@ PARTS = (
 """`buffers`: what ZeRO gathers and reduces in; `cache`: what is read of the teacher's cache;
 `generation`: keys, values and a whole copy of the weights while answers are written."""
 
-# DeepSpeed 0.19's defaults, in numbers; `engine.zero_options` may set them.
-_REDUCE_BUCKET = 5 * 10**8
-_PREFETCH = 5 * 10**7
-_REUSE_DISTANCE = 10**9
 _FREE_LOGITS = 2**21  # logits of a block on a CPU (losses/blocks.py)
 
 
@@ -52,8 +52,8 @@ class Phase:
 
 
 def training_phases(setup: Setup) -> tuple[Phase, ...]:
-    """Returns the phases of distill: the teacher's forward, the loss, the update, dev answers."""
-    held, host = _state(setup)
+    """Returns the phases of distill: the teacher's forward, the loss, the update, answers."""
+    held, host = held_state(setup)
     rows, length = setup.largest
     shape, s = setup.student, setup.dtype_bytes
     training = {
@@ -68,18 +68,20 @@ def training_phases(setup: Setup) -> tuple[Phase, ...]:
         ),
         "logit chunks": _loss_bytes(setup, rows * length.num_labels),
     }
-    phases = [Phase("loss and backward", training | _teacher_answer(setup), host)]
+    phases = [Phase("loss and backward", training | teacher_answer(setup), host)]
     if setup.has_online_teacher:
         assert setup.teacher is not None
-        working = forward_bytes(setup.teacher, rows * length.num_tokens, s)
-        working += _gathered(setup, setup.teacher, is_trained=False)
-        teacher = held["teacher"] + working
+        teacher = held["teacher"] + teacher_working(
+            setup, setup.teacher, rows * length.num_tokens, is_shared=is_partitioned(setup)
+        )
         phases.insert(0, Phase("teacher's forward", {**held, "teacher": teacher}, host))
-    phases.append(Phase("update", held | {"buffers": _update_bytes(setup)}, host))
-    if setup.config.data.dev is not None and setup.config.dev.metric == "rouge_l":
+    phases.append(Phase("update", held | {"buffers": update_bytes(setup)}, host))
+    config = setup.config
+    has_dev_answers = config.data.dev is not None and config.dev.metric == "rouge_l"
+    if has_dev_answers or config.policy.mode != "off":
         answers = held | {"generation": _answer_bytes(setup) + s * setup.student.num_parameters}
         answers["gradients"] = 0 if setup.zero_stage < 3 else held["gradients"]
-        phases.append(Phase("dev answers", answers, host))
+        phases.append(Phase("student answers", answers, host))
     return tuple(phases)
 
 
@@ -103,136 +105,16 @@ def pass_phases(setup: Setup) -> tuple[Phase, ...]:
             devices = setup.world_size
         rows = config.teacher.cache_batch_size
         teacher = -(-s * setup.teacher.num_parameters // devices)
-        working = forward_bytes(setup.teacher, rows * length.num_tokens, s)
-        if config.teacher.cache_engine == "zero3" and setup.world_size > 1:
-            working += _gathered(setup, setup.teacher, is_trained=False)
+        is_shared = config.teacher.cache_engine == "zero3" and setup.world_size > 1
+        working = teacher_working(
+            setup, setup.teacher, rows * length.num_tokens, is_shared=is_shared
+        )
         answers = rows * length.num_labels * setup.teacher.head_hidden * s
         if config.teacher.source == "cache_topk":
             answers += 5 * 64 * 2**20  # teacher/top_k.py
         parts = {"teacher": teacher, "activations": working, "cache": answers}
         phases.append(Phase("cache pass", parts, {}))
     return tuple(phases)
-
-
-# ---------------------------------------------------------------------------------- what always lies
-
-
-def _state(setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns what is held between steps on the device, and in host memory."""
-    engine, s = setup.config.engine, setup.dtype_bytes
-    student = expected_bytes(
-        setup.num_parameters,
-        setup.zero_stage,
-        setup.world_size,
-        num_trained=setup.num_trained,
-        weight_bytes=s,
-    )
-    device = {
-        "parameters": student.parameters,
-        "gradients": student.gradients,
-        "optimizer": student.optimizer,
-        "buffers": _bucket_bytes(setup) + _gathered_student(setup),
-        "teacher": _teacher_weights(setup),
-        "cache": _cache_head(setup),
-    }
-    host: dict[str, int] = {}
-    if setup.device.is_cpu:  # one memory: nothing is gained
-        return device, host
-    if engine.offload_optimizer != "none":
-        host["optimizer"], device["optimizer"] = device["optimizer"], 0
-        if setup.zero_stage > 1:
-            host["gradients"], device["gradients"] = device["gradients"], 0
-    if engine.offload_param != "none":
-        host["parameters"], device["parameters"] = device["parameters"], 0
-    if setup.config.teacher.offload_param != "none":
-        host["teacher"], device["teacher"] = device["teacher"], 0
-    return device, host
-
-
-def _option(setup: Setup, name: str, default: int) -> int:
-    value = setup.config.engine.zero_options.get(name, default)
-    return int(value) if isinstance(value, int | float) else default
-
-
-def _bucket_bytes(setup: Setup) -> int:
-    """Returns the buffer in which gradients are gathered for reduction: a fixed size."""
-    if setup.zero_stage == 0:
-        return 0
-    options = setup.config.engine.zero_options
-    size = _option(setup, "reduce_bucket_size", _REDUCE_BUCKET)
-    # ZeRO-1 reduces the fp32 sums, 2 and 3 each micro-batch's gradients in their own dtype.
-    bytes_each = 4 if setup.zero_stage == 1 else setup.dtype_bytes
-    is_double = options.get("overlap_comm") is True and setup.zero_stage < 3
-    return size * bytes_each * (2 if is_double else 1)
-
-
-def _gathered_student(setup: Setup) -> int:
-    """Returns the weights that ZeRO-3 holds whole at the end of the forward pass."""
-    if setup.zero_stage < 3:
-        return 0
-    return _gathered(setup, setup.student, is_trained=True)
-
-
-def _gathered(setup: Setup, shape: ModelShape, *, is_trained: bool) -> int:
-    """Returns the bytes of gathered weights.
-
-    What backward will use again within the reuse distance stays: half of that distance lies before
-    the turn, half behind it. A frozen model uses each weight once and holds what is prefetched.
-    """
-    held = max(shape.layer_matrices, shape.head_parameters) + _PREFETCH
-    if is_trained:  # the teacher's engine has no options
-        held += _option(setup, "stage3_prefetch_bucket_size", _PREFETCH) - _PREFETCH
-        held += _option(setup, "stage3_max_reuse_distance", _REUSE_DISTANCE) // 2
-    return setup.dtype_bytes * min(shape.num_parameters, held)
-
-
-# ------------------------------------------------------------------------------------ teacher, cache
-
-
-def _teacher_weights(setup: Setup) -> int:
-    """Returns the online teacher's weights: whole on one rank, else a part."""
-    if not setup.has_online_teacher:
-        return 0
-    assert setup.teacher is not None
-    return -(-setup.dtype_bytes * setup.teacher.num_parameters // setup.world_size)
-
-
-def _is_partitioned(setup: Setup) -> bool:
-    return setup.world_size > 1 or setup.config.teacher.offload_param != "none"
-
-
-def _cache_head(setup: Setup) -> int:
-    """Returns the teacher's head, which a cache of hidden states needs whole on every rank."""
-    if not setup.has_teacher or setup.config.teacher.source != "cache_hidden":
-        return 0
-    assert setup.teacher is not None
-    return setup.dtype_bytes * setup.teacher.head_parameters
-
-
-def _teacher_answer(setup: Setup) -> dict[str, int]:
-    """Returns parts with what a teacher's answer to a micro-batch takes while the loss is formed."""
-    if not setup.has_teacher:
-        return {}
-    assert setup.teacher is not None
-    rows, length = setup.largest
-    labels, s = rows * length.num_labels, setup.dtype_bytes
-    wide = setup.teacher.head_hidden
-    source = setup.config.teacher.source
-    if source == "online":
-        answer = s * wide * (rows * length.num_tokens + labels)
-        head = s * setup.teacher.head_parameters if _is_partitioned(setup) else 0
-        weights = 0 if _is_offloaded(setup) else _teacher_weights(setup)
-        return {"teacher": weights + answer + head}
-    if source == "cache_hidden":
-        return {"cache": _cache_head(setup) + s * wide * labels}
-    return {"cache": labels * (12 * setup.config.teacher.top_k + 4)}  # ids as 8 bytes
-
-
-def _is_offloaded(setup: Setup) -> bool:
-    return setup.config.teacher.offload_param != "none" and not setup.device.is_cpu
-
-
-# --------------------------------------------------------------------------------------- transients
 
 
 def _loss_bytes(setup: Setup, num_labels: int) -> int:
@@ -250,15 +132,6 @@ def _loss_bytes(setup: Setup, num_labels: int) -> int:
     block = min(logits, 4 * _FREE_LOGITS) if setup.device.is_cpu else logits
     head = 4 * shape.head_parameters if setup.config.models.student.lora is None else 0
     return models * logits + 2 * block + head + 2 * num_labels * shape.head_hidden * s
-
-
-def _update_bytes(setup: Setup) -> int:
-    """Returns the buffers of the update: gradients flattened, or made fp32, once more."""
-    whole = 4 * setup.num_trained
-    if setup.zero_stage == 0:
-        return min(whole, 4 * _REDUCE_BUCKET) if setup.world_size > 1 else 0
-    part = -(-whole // setup.world_size)
-    return _bucket_bytes(setup) + min(part, 4 * 10**9)  # sub-groups of 1e9 numbers
 
 
 def _answer_bytes(setup: Setup) -> int:

@@ -162,7 +162,7 @@ _NO_PARAMETERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def _header_sizes(file: Path) -> dict[str, int]:
-    """Returns {tensor: elements} of a safetensors file; raises MissingInputError for a damaged one."""
+    """Returns {tensor: elements} of a safetensors file; MissingInputError for a damaged one."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         text = handle.read(length) if length <= LONGEST_HEADER_BYTES else b""

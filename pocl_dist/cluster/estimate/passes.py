@@ -10,6 +10,7 @@ from pocl_dist.cluster.estimate.setup import Setup
 from pocl_dist.cluster.estimate.shapes import ModelShape
 
 _DECODE_OPERATORS = 30  # of a layer, for one token of all rows
+_FORWARD_OPERATORS = 45
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,11 @@ def _rate(setup: Setup) -> float:
 
 
 def _forward_seconds(setup: Setup, shape: ModelShape, tokens: float, squares: float) -> float:
+    device = setup.device
     work = forward_flops(shape, tokens, squares) / _rate(setup)
-    return work + forward_traffic(shape, tokens, setup.dtype_bytes) / setup.device.bytes_per_second
+    work += forward_traffic(shape, tokens, setup.dtype_bytes) / device.bytes_per_second
+    starting = _FORWARD_OPERATORS * shape.num_layers * device.op_seconds
+    return max(work, starting) if device.overlaps else work + starting
 
 
 def _answer_seconds(setup: Setup, num_rows: int) -> float:
@@ -103,6 +107,4 @@ def cache_pass(setup: Setup) -> PassTime | None:
         devices = min(config.devices_per_actor, setup.world_size)
     seconds = batches * batch
     actors = max(1, setup.world_size // devices)
-    return PassTime(
-        "cache", seconds / actors, seconds * devices / 3600, float(rows * flops)
-    )
+    return PassTime("cache", seconds / actors, seconds * devices / 3600, float(rows * flops))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pocl_dist.cluster.estimate.estimate import NOT_COUNTED, Estimate
+from pocl_dist.cluster.estimate.estimate import Estimate
 from pocl_dist.cluster.estimate.memory import PARTS
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -29,10 +29,20 @@ def number(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Returns seconds as a person would say them."""
-    for limit, unit, name in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+    for limit, unit, name in (
+        (1, 1e-3, "ms"),
+        (120, 1, "s"),
+        (7200, 60, "min"),
+        (172800, 3600, "h"),
+    ):
         if seconds < limit:
             return f"{seconds / unit:.3g} {name}"
     return f"{seconds / 86400:.3g} days"
+
+
+def hours_text(hours: float) -> str:
+    """Returns device-hours with three figures, or all before the point."""
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,8 +65,10 @@ def report(found: Estimate) -> str:
 
 def _head(found: Estimate) -> str:
     setup, work = found.setup, found.setup.workload
-    teacher = "none (SFT)" if setup.teacher is None else (
-        f"{number(setup.teacher.num_parameters)} parameters, {setup.config.teacher.source}"
+    teacher = (
+        "none (SFT)"
+        if setup.teacher is None
+        else (f"{number(setup.teacher.num_parameters)} parameters, {setup.config.teacher.source}")
     )
     trained = (
         "" if setup.config.models.student.lora is None else f", {number(setup.num_trained)} trained"
@@ -151,15 +163,13 @@ def _stages(found: Estimate) -> str:
                 number(stage.num_tokens),
                 number(stage.flops),
                 duration(stage.seconds),
-                *(f"{stage.device_hours[source]:,.3g}" for source in sources),
+                *(hours_text(stage.device_hours[source]) for source in sources),
             ]
         )
         totals = {source: totals[source] + stage.device_hours[source] for source in sources}
     steps = sum(stage.num_steps for stage in found.stages)
-    rows.append(
-        ["total", "", f"{steps:,}", "", "", "", *(f"{totals[s]:,.4g}" for s in sources)]
-    )
-    return "\n".join(["the run, by step of the curriculum", table(header, rows)])
+    rows.append(["total", "", f"{steps:,}", "", "", "", *(hours_text(totals[s]) for s in sources)])
+    return "\n".join(["the run", table(header, rows)])
 
 
 def _pass_row(
@@ -173,7 +183,7 @@ def _pass_row(
         "",
         number(flops),
         "" if seconds is None else duration(seconds),
-        *(f"{hours[source]:,.3g}" if source in hours else "" for source in sources),
+        *(hours_text(hours[source]) if source in hours else "" for source in sources),
     ]
 
 
@@ -210,7 +220,7 @@ def _what_if(found: Estimate) -> str:
                 duration(row.step_seconds),
                 f"{row.communication_share or 0:.0%}",
                 duration(3600 * row.hours),
-                f"{row.device_hours:,.4g}",
+                hours_text(row.device_hours or 0.0),
                 "" if row.efficiency is None else f"{row.efficiency:.0%}",
                 row.reason,
             ]
@@ -223,5 +233,4 @@ def _what_if(found: Estimate) -> str:
 
 
 def _notes(found: Estimate) -> str:
-    notes = [*found.setup.workload.assumptions, f"device: {found.setup.device.source}", NOT_COUNTED]
-    return "\n".join(f"- {note}" for note in notes)
+    return "\n".join(f"- {note}" for note in found.notes)

@@ -6,14 +6,9 @@ from dataclasses import dataclass, replace
 
 from pocl_dist.cluster.estimate.communication import Cluster
 from pocl_dist.cluster.estimate.devices import Device
+from pocl_dist.cluster.estimate.layout import StepLayout, largest_micro_batch, step_layout
 from pocl_dist.cluster.estimate.shapes import ModelShape
-from pocl_dist.cluster.estimate.workload import (
-    RowLength,
-    StepLayout,
-    Workload,
-    largest_micro_batch,
-    step_layout,
-)
+from pocl_dist.cluster.estimate.workload import RowLength, Workload
 from pocl_dist.config import Config
 from pocl_dist.curriculum.stages import make_stages
 from pocl_dist.errors import ConfigError
@@ -32,6 +27,7 @@ class Setup:
     workload: Workload
     device: Device
     cluster: Cluster
+    node_size: int  # devices of a whole node; `cluster` may have a part of one
 
     @property
     def world_size(self) -> int:
@@ -76,7 +72,9 @@ class Setup:
     def num_trained(self) -> int:
         """Returns the parameters that are trained: all, or those of the adapters."""
         lora = self.config.models.student.lora
-        return self.student.num_parameters if lora is None else lora_parameters(self.student, self.config)
+        if lora is None:
+            return self.student.num_parameters
+        return lora_parameters(self.student, self.config)
 
     @property
     def num_parameters(self) -> int:
@@ -117,12 +115,10 @@ class Setup:
 
     def with_world(self, world_size: int) -> Setup:
         """Returns the setup on so many devices: whole nodes, or a part of one."""
-        per_node = min(world_size, self.cluster.devices_per_node)
+        per_node = min(world_size, self.node_size)
         if world_size % per_node:
             raise ConfigError(f"{world_size} ranks are not whole nodes of {per_node}")
-        cluster = replace(
-            self.cluster, num_nodes=world_size // per_node, devices_per_node=per_node
-        )
+        cluster = replace(self.cluster, num_nodes=world_size // per_node, devices_per_node=per_node)
         return replace(self, cluster=cluster)
 
 

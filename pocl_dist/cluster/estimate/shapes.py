@@ -45,9 +45,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3_text": Family(num_norms=4, has_qk_norm=True, ties_by_default=True),
     "cohere": Family(num_norms=1, has_rms_norm=False, ties_by_default=True),
     "phi": replace(_CLASSIC, num_norms=1, has_head_bias=True, activation="gelu_new"),
-    "gpt2": replace(
-        _CLASSIC, num_extra_positions=0, ties_by_default=True, activation="gelu_new"
-    ),
+    "gpt2": replace(_CLASSIC, num_extra_positions=0, ties_by_default=True, activation="gelu_new"),
     "opt": replace(_CLASSIC, num_extra_positions=2, ties_by_default=True, activation="relu"),
 }
 # Other names of a size in config.json, the usual one first.
@@ -106,7 +104,9 @@ class ModelShape:
         return replace(self, num_layers=num_layers)
 
 
-def _number(config: Mapping[str, object], what: str, origin: str, default: int | None = None) -> int:
+def _number(
+    config: Mapping[str, object], what: str, origin: str, default: int | None = None
+) -> int:
     for name in _NAMES[what]:
         value = config.get(name)
         if value is not None:

@@ -98,8 +98,7 @@ def disk(setup: Setup) -> Disk:
         labels = setup.workload.num_rows * setup.workload.labels_per_row
         top_k = min(config.teacher.top_k, setup.vocabulary)
         cache = {
-            HIDDEN: int(labels * setup.teacher.head_hidden * s)
-            + s * setup.teacher.head_parameters,
+            HIDDEN: int(labels * setup.teacher.head_hidden * s) + s * setup.teacher.head_parameters,
             TOP_K: int(labels * (8 * top_k + 4)),
         }
     return Disk(

@@ -10,8 +10,8 @@ from pocl_dist.cluster.estimate.communication import (
     reduce_scatter_seconds,
 )
 from pocl_dist.cluster.estimate.flops import Work, step_work
+from pocl_dist.cluster.estimate.layout import StepLayout
 from pocl_dist.cluster.estimate.setup import Setup
-from pocl_dist.cluster.estimate.workload import StepLayout
 
 # DeepSpeed gathers a weight when its module runs, and so many modules of a layer have some.
 _MODULES_PER_LAYER = 7
@@ -48,10 +48,9 @@ def step_time(setup: Setup, layout: StepLayout | None = None) -> StepTime:
     computing = teacher + student + loss
     hooks = _hook_seconds(setup, layout)
     starting = work.num_operators * device.op_seconds
-    if device.overlaps:  # the device works while Python starts what comes next
-        overhead = max(0.0, starting + hooks - computing)
-    else:
-        overhead = starting + hooks
+    # A device that can works while Python starts what comes next.
+    hidden = computing if device.overlaps else 0.0
+    overhead = max(0.0, starting + hooks - hidden)
     return StepTime(
         teacher=teacher,
         student=student,
@@ -94,7 +93,7 @@ def _student_seconds(setup: Setup, layout: StepLayout) -> float:
 
 
 def _let_go(setup: Setup) -> int:
-    """Returns the parameters that are gathered again for backward: beyond half the reuse distance."""
+    """Returns the parameters that are gathered twice: those beyond half the reuse distance."""
     return max(0, setup.num_parameters - 5 * 10**8)
 
 
@@ -124,9 +123,7 @@ def _offload_seconds(setup: Setup, layout: StepLayout) -> float:
     return num_bytes / setup.device.host_bytes_per_second
 
 
-def _exposed_seconds(
-    setup: Setup, layout: StepLayout, work: Work, computing: float
-) -> float:
+def _exposed_seconds(setup: Setup, layout: StepLayout, work: Work, computing: float) -> float:
     """Returns the communication that is waited for.
 
     ZeRO-3 gathers ahead on a stream of its own: on a device that can, student and teacher hide it

@@ -42,7 +42,7 @@ def what_if(setup: Setup) -> tuple[WhatIf, ...]:
 
 def _row(setup: Setup, world: int, best: float | None) -> WhatIf:
     batch = setup.config.engine.global_batch_size
-    per_node = min(world, setup.cluster.devices_per_node)
+    per_node = min(world, setup.node_size)
     reason = ""
     if batch % world:
         reason = f"a batch of {batch} rows cannot be shared by {world}"
