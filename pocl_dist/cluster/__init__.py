@@ -1,1 +1,1 @@
-"""From a laptop to a cluster: what a run needs, what a machine has, and how a job is started."""
+"""From one machine to many: job files of schedulers and launchers; no torch, ray or deepspeed."""
