@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 _SECONDS = 0.5  # of each measurement
+_CACHE_BYTES = 2**26  # more than a core's share of the caches
 
 
-def _best_seconds(work: Callable[[], object]) -> float:
+def _median_seconds(work: Callable[[], object]) -> float:
     """Returns the median time of a call, over half a second of calls."""
     work()
     times: list[float] = []
@@ -39,18 +40,20 @@ def measure_rank(tokens: int, hidden: int, ffn: int) -> dict[str, float]:
     # Forward and the two products of backward, shaped as the model's.
     seconds = sum(
         (
-            _best_seconds(lambda: inputs @ weight.T),
-            _best_seconds(lambda: grads @ weight),
-            _best_seconds(lambda: grads.T @ inputs),
+            _median_seconds(lambda: inputs @ weight.T),
+            _median_seconds(lambda: grads @ weight),
+            _median_seconds(lambda: grads.T @ inputs),
         )
     )
     flops = 3 * 2 * tokens * hidden * ffn / seconds
-    wide = torch.randn(tokens, ffn)
-    each = _best_seconds(lambda: wide * grads)
+    # Activations are many and each is read once: not what stays in the cache.
+    count = max(2, _CACHE_BYTES // (4 * tokens * ffn))
+    many = [torch.randn(tokens, ffn) for _ in range(count)]
+    each = _median_seconds(lambda: [x * grads for x in many]) / count
     one = torch.ones(1, requires_grad=True)
-    start = _best_seconds(lambda: [one * 2.0 for _ in range(100)]) / 100
+    start = _median_seconds(lambda: [one * 2.0 for _ in range(100)]) / 100
     logits = torch.randn(64, 8192)
-    softmax = _best_seconds(lambda: torch.log_softmax(logits, dim=-1).exp())
+    softmax = _median_seconds(lambda: torch.log_softmax(logits, dim=-1).exp())
     return {
         "flops": flops,
         "bytes_per_second": 12 * tokens * ffn / each,
