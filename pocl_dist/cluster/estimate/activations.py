@@ -11,24 +11,28 @@ from pocl_dist.cluster.estimate.shapes import ModelShape
 _GELU_NEW = ("gelu_new", "gelu_fast")
 
 
-def norm_bytes(shape: ModelShape, size: int, s: int) -> int:
+def norm_bytes(shape: ModelShape, size: int, s: int, *, is_result_kept: bool = True) -> int:
     """Returns what a norm over `size` numbers saves for a token.
 
     RMS norm, written in Python: its input in fp32 (where s is 4 the input itself), the scaled one,
-    and its result, which the next product needs. A fused layer norm: input and result.
+    and its result where a product needs it. A fused layer norm: input and result.
     """
+    result = s if is_result_kept else 0
     if shape.family.has_rms_norm or shape.model_type == "cohere":
-        return size * (4 + 2 * s)
-    return size * 2 * s
+        return size * (4 + (4 if shape.family.has_fp32_norm else s) + result)
+    return size * (s + result)
 
 
 def layer_bytes(shape: ModelShape, s: int, *, is_training: bool = True) -> int:
-    """Returns what one layer saves for a token, besides attention's own matrix."""
-    saved = shape.family.num_norms * norm_bytes(shape, shape.hidden, s)
+    """Returns what one layer saves for a token, besides matrices of attention."""
+    saved = min(2, shape.family.num_norms) * norm_bytes(shape, shape.hidden, s)
+    for _ in range(2, shape.family.num_norms):  # after a part: its result is added, not multiplied
+        saved += norm_bytes(shape, shape.hidden, s, is_result_kept=False)
     if shape.family.has_qk_norm:
-        saved += norm_bytes(shape, shape.query + shape.kv, s) - (shape.query + shape.kv) * s
+        saved += norm_bytes(shape, shape.query + shape.kv, s, is_result_kept=False)
     # Queries, keys, values and the result; the sums of the softmax in fp32.
-    saved += s * (2 * shape.query + 2 * shape.kv) + 4 * shape.num_heads
+    keys = shape.query if shape.has_softcap else shape.kv
+    saved += s * (2 * shape.query + 2 * keys) + 4 * shape.num_heads
     saved += s * shape.ffn * _feed_forward_tensors(shape)
     if is_training and shape.dropout > 0:
         saved += 2 * shape.hidden  # masks of one byte after attention and feed-forward
@@ -47,10 +51,17 @@ def _feed_forward_tensors(shape: ModelShape) -> int:
 def attention_matrix_bytes(
     shape: ModelShape, num_rows: int, length: int, s: int, *, is_cpu: bool
 ) -> int:
-    """Returns what one layer's attention saves besides: with dropout a CPU has no fused kernel."""
-    if not is_cpu or shape.attention_dropout == 0:
-        return 0
-    return num_rows * shape.num_heads * length * length * (2 * s + 1)
+    """Returns what one layer's attention saves besides, where no fused kernel can be taken.
+
+    With a soft cap: tanh, softmax in fp32 and what is made of it. With dropout on a CPU: softmax,
+    mask and their product in fp32, as are queries, keys and values then.
+    """
+    matrix = num_rows * shape.num_heads * length * length
+    if shape.has_softcap:
+        return matrix * (4 + s + (s if s < 4 else 0))
+    if is_cpu and shape.attention_dropout > 0:
+        return 12 * matrix + num_rows * length * 3 * shape.query * (4 - s)
+    return 0
 
 
 def activation_bytes(

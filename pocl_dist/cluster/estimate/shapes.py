@@ -17,6 +17,7 @@ class Family:
 
     num_norms: int = 2  # in a layer
     has_rms_norm: bool = True
+    has_fp32_norm: bool = False  # the scaled numbers are fp32, too
     norm_has_bias: bool = False
     is_gated: bool = True
     has_qkv_bias: bool = False  # also where `attention_bias` says nothing
@@ -40,9 +41,9 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": Family(),
     "qwen2": Family(has_qkv_bias=True),
     "qwen3": Family(has_qk_norm=True),
-    "gemma": Family(ties_by_default=True),
-    "gemma2": Family(num_norms=4, ties_by_default=True),
-    "gemma3_text": Family(num_norms=4, has_qk_norm=True, ties_by_default=True),
+    "gemma": Family(has_fp32_norm=True, ties_by_default=True),
+    "gemma2": Family(num_norms=4, has_fp32_norm=True, ties_by_default=True),
+    "gemma3_text": Family(num_norms=4, has_fp32_norm=True, has_qk_norm=True, ties_by_default=True),
     "cohere": Family(num_norms=1, has_rms_norm=False, ties_by_default=True),
     "phi": replace(_CLASSIC, num_norms=1, has_head_bias=True, activation="gelu_new"),
     "gpt2": replace(_CLASSIC, num_extra_positions=0, ties_by_default=True, activation="gelu_new"),
@@ -83,6 +84,7 @@ class ModelShape:
     activation: str
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    has_softcap: bool = False  # of attention: no fused kernel knows it
 
     @property
     def num_parameters(self) -> int:
@@ -192,6 +194,7 @@ def shape_of(config: Mapping[str, object], origin: str) -> ModelShape:
         ),
         dropout=_fraction(config, "resid_pdrop", "dropout"),
         attention_dropout=_fraction(config, "attn_pdrop", "attention_dropout"),
+        has_softcap=_fraction(config, "attn_logit_softcapping") > 0,
     )
 
 
