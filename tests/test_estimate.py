@@ -275,6 +275,34 @@ def test_where_nothing_fits_the_number_of_devices_that_does_is_told(
     assert "nothing fits on up to 512 devices" in capsys.readouterr().err
 
 
+def test_a_teacher_too_large_for_an_actor_is_64_and_says_how_many_devices_share_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words_of(LARGE, "teacher.source=cache_hidden"))
+    assert ended.value.code == 64
+    assert "this fits: teacher.devices_per_actor=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "world", "expected"),
+    [
+        (None, None, None, (1, 1)),
+        (None, None, 16, (2, 8)),
+        (4, None, None, (4, 8)),
+        (4, None, 16, (4, 4)),
+        (None, 4, 16, (4, 4)),
+        (2, 2, 16, (2, 2)),
+    ],
+)
+def test_nodes_and_their_devices_come_from_options_then_from_the_config(
+    nodes: int | None, per_node: int | None, world: int | None, expected: tuple[int, int]
+) -> None:
+    options = Options(**{**vars(LARGE), "nodes": nodes, "gpus_per_node": per_node})
+    cluster = setup_of(options, f"engine.world_size={world or 'null'}").cluster
+    assert (cluster.num_nodes, cluster.devices_per_node) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "keys", "error", "word"),
     [

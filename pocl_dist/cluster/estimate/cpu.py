@@ -24,7 +24,7 @@ def cpu_device(ranks_here: int, flops: float | None, tokens: int, hidden: int, f
     `tokens` x `hidden` x `ffn`. Else the other figures are usual ones of a server's core.
     """
     measured: dict[str, float] = dict(_GUESS)
-    link, source = _LOOPBACK, "--flops"
+    link, source = _LOOPBACK, "products by --flops, all else as is usual on a server"
     if flops is None:
         source = "measured on this machine"
         measured = measure(ranks_here, tokens, hidden, ffn)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from pocl_dist.cluster.estimate.arguments import Options
-from pocl_dist.cluster.estimate.fitting import Fit, best_fit, fits
+from pocl_dist.cluster.estimate.fitting import Fit, best_fit, fits, pass_problem
 from pocl_dist.cluster.estimate.flops import step_work
 from pocl_dist.cluster.estimate.inputs import make_setup
 from pocl_dist.cluster.estimate.layout import StepLayout
@@ -137,6 +137,8 @@ def estimate(words: Sequence[str], overrides: Sequence[str], options: Options) -
     sys.stdout.flush()
     if not found.is_fitting:
         raise ConfigError(_misfit(found))
+    if problem := pass_problem(found.setup):
+        raise ConfigError(f"{found.setup.device.name} is too small: {problem}")
 
 
 def _misfit(found: Estimate) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pocl_dist.cluster.estimate.memory import Phase, pass_phases, training_phases
+from pocl_dist.cluster.estimate.memory import pass_phases, training_phases
 from pocl_dist.cluster.estimate.setup import Setup
 from pocl_dist.cluster.estimate.step_time import step_time
 
@@ -22,11 +22,6 @@ class Fit:
         return " ".join(f"{key}={value}" for key, value in self.keys)
 
 
-def largest_phase(setup: Setup) -> Phase:
-    """Returns the phase that needs most on the device, those of the actors among them."""
-    return max((*training_phases(setup), *pass_phases(setup)), key=lambda phase: phase.total)
-
-
 def peak_bytes(setup: Setup) -> int:
     """Returns what the largest phase of distill needs on the device."""
     return max(phase.total for phase in training_phases(setup))
@@ -35,6 +30,31 @@ def peak_bytes(setup: Setup) -> int:
 def fits(setup: Setup) -> bool:
     """Returns whether all phases of distill fit the device."""
     return peak_bytes(setup) <= setup.device.usable_bytes
+
+
+def pass_problem(setup: Setup) -> str | None:
+    """Returns which pass of actors does not fit a device, and what would help; None: all fit.
+
+    Measure halves a batch that is too large by itself; one row must fit.
+    """
+    usable, generation = setup.device.usable_bytes, setup.config.generation
+    one_row = generation.model_copy(update={"batch_size": 1})
+    config = setup.config.model_copy(update={"generation": one_row})
+    for phase in pass_phases(replace(setup, config=config)):
+        if phase.total <= usable:
+            continue
+        line = f"{phase.name} needs {phase.total / 2**30:.1f} GiB of a device"
+        if phase.name != "cache pass":
+            return f"{line}; a larger device, or a smaller student"
+        for count in (2, 4, 8):
+            other = setup.with_teacher(cache_engine="ray", devices_per_actor=count)
+            if all(p.total <= usable for p in pass_phases(other) if p.name == phase.name):
+                return (
+                    f"{line}; this fits: teacher.devices_per_actor={count}, or "
+                    "teacher.cache_engine=zero3"
+                )
+        return f"{line}; this may fit: teacher.cache_engine=zero3 on more devices"
+    return None
 
 
 def best_fit(setup: Setup) -> Fit | None:

@@ -61,8 +61,13 @@ def _size(config: Config, options: Options) -> tuple[int, int]:
                 "give --nodes and --gpus-per-node"
             )
         return world // per_node, per_node
-    alone = 1 if options.nodes is None or options.device == "cpu" else 8
-    return options.nodes or 1, options.gpus_per_node or alone
+    nodes, per_node = options.nodes, options.gpus_per_node
+    if nodes is None and per_node is not None and world is not None and world % per_node == 0:
+        return world // per_node, per_node
+    if per_node is None and nodes is not None and world is not None and world % nodes == 0:
+        return nodes, world // nodes
+    alone = 1 if nodes is None or options.device == "cpu" else 8
+    return nodes or 1, per_node or alone
 
 
 def _teacher(config: Config, options: Options) -> ModelShape | None:

@@ -29,7 +29,7 @@ PARTS = (
 """`buffers`: what ZeRO gathers and reduces in; `cache`: what is read of the teacher's cache;
 `generation`: keys, values and a whole copy of the weights while answers are written."""
 
-_FREE_LOGITS = 2**21  # logits of a block on a CPU (losses/blocks.py)
+_BLOCK_LOGITS = 2**21  # logits of a block on a CPU (losses/blocks.py)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _loss_bytes(setup: Setup, num_labels: int) -> int:
     logits = 4 * min(chunk, num_labels) * setup.vocabulary
     models = 2 if setup.has_teacher else 1
     # The element-wise part: a block at a time on a CPU, the whole chunk on an accelerator.
-    block = min(logits, 4 * _FREE_LOGITS) if setup.device.is_cpu else logits
+    block = min(logits, 4 * _BLOCK_LOGITS) if setup.device.is_cpu else logits
     head = 4 * shape.head_parameters if setup.config.models.student.lora is None else 0
     return models * logits + 2 * block + head + 2 * num_labels * shape.head_hidden * s
 

@@ -19,6 +19,7 @@ def teacher_weights(setup: Setup) -> int:
 
 
 def is_partitioned(setup: Setup) -> bool:
+    """Returns whether the online teacher runs in a ZeRO-3 engine (teacher/online.py)."""
     return setup.world_size > 1 or setup.config.teacher.offload_param != "none"
 
 

@@ -20,6 +20,7 @@ def held_state(setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
         setup.world_size,
         num_trained=setup.num_trained,
         weight_bytes=s,
+        gradient_bytes=2 if setup.dtype == "fp16" else 4,
     )
     device = {
         "parameters": student.parameters,
@@ -54,8 +55,9 @@ def _bucket_bytes(setup: Setup) -> int:
         return 0
     options = setup.config.engine.zero_options
     size = _option(setup, "reduce_bucket_size", _REDUCE_BUCKET)
-    # ZeRO-1 reduces the fp32 sums, 2 and 3 each micro-batch's gradients in their own dtype.
-    bytes_each = 4 if setup.zero_stage == 1 else setup.dtype_bytes
+    # ZeRO-1 reduces the sums, fp32 under bf16; 2 and 3 each micro-batch's gradients as they are.
+    is_wide = setup.zero_stage == 1 and setup.dtype == "bf16"
+    bytes_each = 4 if is_wide else setup.dtype_bytes
     is_double = options.get("overlap_comm") is True and setup.zero_stage < 3
     return size * bytes_each * (2 if is_double else 1)
 
