@@ -110,16 +110,15 @@ def run_rank(words: list[str], is_memory: bool) -> dict[str, object]:
     from live_bytes import LiveBytes, SavedBytes
 
     from pocl_dist.config import load_config
-    from pocl_dist.distributed import gradients
     from pocl_dist.distributed.memory import held_bytes
     from pocl_dist.models.heads import backbone_module
-    from pocl_dist.pipeline import distill, train_step
+    from pocl_dist.pipeline import distill
     from pocl_dist.pipeline.run_directory import RunDirectory
 
     config = load_config([], words)
     seconds: list[float] = []
     found: dict[str, object] = {"seconds": seconds}
-    step, update = distill.train_step, gradients.update
+    step = distill.train_step
 
     def watched(engine, *arguments):  # type: ignore[no-untyped-def]
         started = time.perf_counter()
@@ -136,17 +135,21 @@ def run_rank(words: list[str], is_memory: bool) -> dict[str, object]:
                 saved.append(bytes_saved.bytes)
                 return output
 
-            def before_update(engine, rank):  # type: ignore[no-untyped-def]
-                found["held"] = asdict(held_bytes(engine))
-                return update(engine, rank)
+            held: list[int] = []
+            backward = engine.backward
 
-            backbone.forward, train_step.update = counted, before_update
+            def noted(*args, **kwargs):  # type: ignore[no-untyped-def]
+                result = backward(*args, **kwargs)
+                held.append(held_bytes(engine).gradients)
+                return result
+
+            backbone.forward, engine.backward = counted, noted
             with LiveBytes() as live:
                 result = step(engine, *arguments)
-            found["gradients"] = found["held"]["gradients"]  # type: ignore[index]
+            found["gradients"] = max(held)  # they are most between the micro-batches
             found["held"] = asdict(held_bytes(engine))
             found.update(peak=live.peak, activations=max(saved), largest=live.largest)
-            backbone.forward, train_step.update = forward, update
+            backbone.forward, engine.backward = forward, backward
         seconds.append(time.perf_counter() - started)
         return result
 

@@ -24,7 +24,7 @@ def held_state(setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
     )
     device = {
         "parameters": student.parameters,
-        "gradients": student.gradients,
+        "gradients": student.gradients + _whole_gradients(setup),
         "optimizer": student.optimizer,
         "buffers": _bucket_bytes(setup) + _gathered_student(setup),
         "teacher": teacher_weights(setup),
@@ -42,6 +42,21 @@ def held_state(setup: Setup) -> tuple[dict[str, int], dict[str, int]]:
     if setup.config.teacher.offload_param != "none":
         host["teacher"], device["teacher"] = device["teacher"], 0
     return device, host
+
+
+def _whole_gradients(setup: Setup) -> int:
+    """Returns what ZeRO-2 holds of gradients that only in part belong to the rank.
+
+    In fp32 DeepSpeed 0.19 keeps slices of reduced gradients, and with them their whole storage: on
+    the rank where the embedding ends that of the embedding, else of a matrix of a layer.
+    """
+    is_alone = setup.world_size == 1 or setup.config.models.student.lora is not None
+    if is_alone or setup.zero_stage != 2 or setup.dtype != "fp32":
+        return 0
+    shape, part = setup.student, -(-setup.num_trained // setup.world_size)
+    embedding = shape.head_parameters
+    before = embedding - embedding % part if embedding > part else 0
+    return 4 * (before + shape.hidden * shape.ffn)
 
 
 def _option(setup: Setup, name: str, default: int) -> int:
