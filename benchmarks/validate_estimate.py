@@ -265,10 +265,16 @@ def differences(row: dict[str, object]) -> dict[str, float]:
     return {name: predicted[name] / measured[name] - 1 for name in measured}  # type: ignore[index,attr-defined]
 
 
-def keep(kind: str, rows: list[dict[str, object]]) -> None:
-    """Writes the rows of one kind beside those of the other."""
+def keep(kind: str, row: dict[str, object]) -> None:
+    """Writes a row among those that are kept, in place of an earlier one of the same run."""
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    KEPT.write_text(json.dumps({**kept, kind: rows}, indent=1) + "\n")
+    rows = [old for old in kept.get(kind, []) if _name(old) != _name(row)] + [row]
+    kept[kind] = sorted(rows, key=_name)
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _name(row: dict[str, object]) -> tuple[object, ...]:
+    return (row.get("size", ""), row["world_size"], row["zero_stage"])
 
 
 def main() -> None:
@@ -307,11 +313,11 @@ def main() -> None:
                         else time_row(inputs, size, world_size, stage)
                     )
                     rows.append(row)
+                    keep(arguments.what, row)
                     shown = {k: f"{v:+.1%}" for k, v in differences(row).items()}
                     print(f"{size}, {world_size} ranks, stage {stage}: {shown}", file=sys.stderr)
                     if arguments.json:
                         print(json.dumps(row), flush=True)
-    keep(arguments.what, rows)
     tolerance = MEMORY_TOLERANCE if arguments.what == "memory" else TIME_TOLERANCE
     worst = max(abs(value) for row in rows for value in differences(row).values())
     if worst > tolerance:

@@ -14,7 +14,12 @@ from pocl_dist.errors import UnavailableError
 
 _TIMEOUT_SECONDS = 180
 _LOOPBACK = Link(2 * GB, 2e-4)
-_GUESS = {"bytes_per_second": 10 * GB, "op_seconds": 1e-5, "logit_seconds": 1.5e-8}
+_GUESS = {
+    "bytes_per_second": 10 * GB,
+    "op_seconds": 1e-5,
+    "logit_seconds": 1.5e-8,
+    "copy_bytes_per_second": GB,
+}
 
 
 def cpu_device(ranks_here: int, flops: float | None, tokens: int, hidden: int, ffn: int) -> Device:
@@ -46,6 +51,7 @@ def cpu_device(ranks_here: int, flops: float | None, tokens: int, hidden: int, f
         logit_seconds=measured["logit_seconds"],
         devices_per_node=max(1, ranks_here),
         source=source,
+        copy_bytes_per_second=measured["copy_bytes_per_second"],
         overlaps=False,  # gloo's threads want the cores that compute
     )
 

@@ -36,6 +36,7 @@ class Device:
     devices_per_node: int
     source: str
     overlaps: bool = True  # communication runs beside computation
+    copy_bytes_per_second: float | None = None  # into new memory; None: as all else
 
     @property
     def is_cpu(self) -> bool:

@@ -50,6 +50,8 @@ def measure_rank(tokens: int, hidden: int, ffn: int) -> dict[str, float]:
     count = max(2, _CACHE_BYTES // (4 * tokens * ffn))
     many = [torch.randn(tokens, ffn) for _ in range(count)]
     each = _median_seconds(lambda: [x * grads for x in many]) / count
+    # Into memory that is new each time, as gathered weights are: its pages must be found first.
+    copy = _median_seconds(lambda: torch.cat([x.flatten() for x in many]))
     one = torch.ones(1, requires_grad=True)
     start = _median_seconds(lambda: [one * 2.0 for _ in range(100)]) / 100
     logits = torch.randn(64, 8192)
@@ -57,6 +59,7 @@ def measure_rank(tokens: int, hidden: int, ffn: int) -> dict[str, float]:
     return {
         "flops": flops,
         "bytes_per_second": 12 * tokens * ffn / each,
+        "copy_bytes_per_second": 4 * count * tokens * ffn / copy,
         "op_seconds": start,
         # Two of them for student and teacher, and the gradient: measured 3 times in blocks.
         "logit_seconds": 3 * softmax / logits.numel(),

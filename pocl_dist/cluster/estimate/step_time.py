@@ -106,6 +106,28 @@ def _teacher_seconds(setup: Setup, layout: StepLayout) -> float:
     return layout.num_micro_batches * all_gather_seconds(num_bytes, setup.cluster, gathers)
 
 
+def _copied_bytes(setup: Setup, layout: StepLayout) -> float:
+    """Returns what ZeRO copies into new memory: every gathered or reduced number twice.
+
+    Once into the buffer of the collective, once out of it. A GPU does this at the speed of its
+    memory, behind the computation.
+    """
+    count, s = layout.num_micro_batches, setup.dtype_bytes
+    trained, total = setup.num_trained, 0.0
+    if setup.zero_stage == 3:
+        total += 2 * count * s * (setup.num_parameters + trained)
+    elif setup.zero_stage == 2:
+        total += 2 * count * s * trained + s * trained
+    elif setup.zero_stage == 1:
+        total += (2 * 4 + s) * trained
+    elif setup.world_size > 1:
+        total += 2 * 4 * trained
+    if setup.has_online_teacher and setup.world_size > 1:
+        assert setup.teacher is not None
+        total += 2 * count * s * setup.teacher.num_parameters
+    return total
+
+
 def _offload_seconds(setup: Setup, layout: StepLayout) -> float:
     """Returns the time of copies between host and device memory."""
     if setup.device.is_cpu:
@@ -132,7 +154,8 @@ def _exposed_seconds(setup: Setup, layout: StepLayout, work: Work, computing: fl
     student, teacher = _student_seconds(setup, layout), _teacher_seconds(setup, layout)
     copies = _offload_seconds(setup, layout)
     if not setup.device.overlaps:
-        return student + teacher + copies
+        rate = setup.device.copy_bytes_per_second or setup.device.bytes_per_second
+        return student + teacher + copies + _copied_bytes(setup, layout) / rate
     share = work.teacher_flops / work.flops if work.flops else 0.0
     hidden_teacher = min(teacher, share * computing)
     hidden_student = min(student, (1 - share) * computing) if setup.zero_stage == 3 else 0.0
