@@ -40,6 +40,8 @@ def memory_table(rows: list[dict]) -> str:
 
 def time_table(rows: list[dict]) -> str:
     """Returns seconds of a step, predicted before and after the steps, and measured."""
+    if not rows:
+        return "No rows yet: `python benchmarks/validate_estimate.py time`, on a machine that is quiet."
     lines = [
         "| pair | ranks | ZeRO | predicted before | after | mean | measured | off by |",
         "|---" * 8 + "|",
@@ -72,7 +74,7 @@ def write_page(kept: dict[str, list[dict]]) -> None:
     """Replaces what stands between the markers of docs/scaling.md."""
     blocks = {
         "memory": memory_table(kept["memory"]),
-        "time": time_table(kept["time"]),
+        "time": time_table(kept.get("time", [])),
         "plan": plan_text(),
     }
     text = PAGE.read_text()
