@@ -41,7 +41,7 @@ def memory_table(rows: list[dict]) -> str:
 def time_table(rows: list[dict]) -> str:
     """Returns seconds of a step, predicted before and after the steps, and measured."""
     if not rows:
-        return "No rows yet: `python benchmarks/validate_estimate.py time`, on a machine that is quiet."
+        return "Not measured yet: the machine was never quiet enough, so no row stands here."
     lines = [
         "| pair | ranks | ZeRO | predicted before | after | mean | measured | off by |",
         "|---" * 8 + "|",
