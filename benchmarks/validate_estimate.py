@@ -202,7 +202,7 @@ def estimated(words: list[str], world_size: int, *, flops: float | None):  # typ
     from pocl_dist.cluster.estimate.inputs import make_setup
 
     options = Options(device="cpu", nodes=1, gpus_per_node=world_size, flops=flops)
-    return make_estimate(make_setup([], words, options))
+    return make_estimate(make_setup(words, options))
 
 
 def memory_row(folder: Path, world_size: int, stage: int) -> dict[str, object]:

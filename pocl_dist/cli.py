@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pocl_dist import __version__
 from pocl_dist.cluster.estimate.arguments import add_arguments, options_of
+from pocl_dist.cluster.targets import TARGETS
 from pocl_dist.errors import (
     EXIT_CODES,
     MismatchError,
@@ -91,6 +91,30 @@ def _parser() -> argparse.ArgumentParser:
     outcome = commands.add_parser("outcome", help="print status.json and exit with the run's code")
     outcome.add_argument("run_dir", type=Path)
     commands.add_parser("exit-codes", help="print the table of exit codes")
+    launch = commands.add_parser(
+        "launch", help="write the job files of a scheduler or launcher from the config, and submit"
+    )
+    launch.add_argument("--target", required=True, choices=sorted(TARGETS))
+    launch.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
+    launch.add_argument("--nodes", type=int, metavar="N", help="the same as launch.nodes=N")
+    launch.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="the same as launch.gpus_per_node=G"
+    )
+    launch.add_argument("--render", type=Path, metavar="DIR", help="write the files, no more")
+    launch.add_argument("--dry-run", action="store_true", help="print the files, write nothing")
+    doctor = commands.add_parser(
+        "doctor", help="what would keep a run from starting: in seconds, without GPU or weights"
+    )
+    doctor.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--nodes", type=int, metavar="N", help="the same as launch.nodes=N")
+    doctor.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="the same as launch.gpus_per_node=G"
+    )
+    doctor.add_argument("--gpu", action="store_true", help="it is an error if no GPU is here")
+    doctor.add_argument(
+        "--wait", type=float, default=60.0, metavar="SECONDS", help="for the other nodes of a job"
+    )
     score = commands.add_parser("score", help="ROUGE-L and exact match of given answers")
     score.add_argument(
         "--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}'
@@ -99,6 +123,17 @@ def _parser() -> argparse.ArgumentParser:
         "--references", type=Path, required=True, help="rows with the reference answers"
     )
     return parser
+
+
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the parsed command line; words of the config may stand behind an option too."""
+    parser = _parser()
+    arguments, others = parser.parse_known_args(words)
+    if others and (any(word.startswith("-") for word in others) or "config" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        arguments.config += others
+    return arguments
 
 
 def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], object]:
@@ -111,31 +146,21 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
     return step
 
 
-def _files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the config files and the `section.key=value` among a command's words."""
-    # A path may hold a "=" too, but has a slash or a dot before it that no key has.
-    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
-    files = [word for word in words if not is_override(word)]
-    return files, [word for word in words if is_override(word)]
-
-
 def _run_config_command(command: str, words: Sequence[str]) -> None:
-    from pocl_dist.config import load_config
+    from pocl_dist.config import load_words
+    from pocl_dist.config.steps import is_ranks_work
     from pocl_dist.distributed.scratch import use_scratch
     from pocl_dist.pipeline.manifest import remove_leftovers
     from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
     from pocl_dist.pipeline.run_format import check_run_directory
     from pocl_dist.pipeline.run_lock import check_not_fenced, run_lock
     from pocl_dist.pipeline.run_step import run_step
-    from pocl_dist.pipeline.stop_request import mark_start
+    from pocl_dist.pipeline.stop_request import StopRequest, mark_start
 
-    config = load_config(*_files_and_overrides(words))
+    config = load_words(words)
     run = RunDirectory(Path(config.run_dir))
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    is_ranks_work = command == "distill" or (
-        command == "cache" and config.teacher.cache_engine == "zero3"
-    )
-    if is_rank and not is_ranks_work:
+    if is_rank and not is_ranks_work(command, config):
         if int(os.environ["WORLD_SIZE"]) > 1:
             raise UsageError(
                 f"{command} is one process; a launcher starts `distill`, "
@@ -151,6 +176,9 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     is_child = is_rank and os.environ.get("POCL_DIST_PARENT") == str(run.root.resolve())
     is_owner = not is_child and (not is_rank or os.environ["RANK"] == "0")
     with contextlib.ExitStack() as stack:
+        if not is_rank and command != "run":  # which asks, and looks, itself
+            stop = StopRequest(run, config.run.max_wallclock_minutes)
+            stack.enter_context(stop.installed())
         if is_owner:
             check_run_directory(run.root, config.resume.strict_versions)
             stack.enter_context(run_lock(run.root))
@@ -212,6 +240,12 @@ def describe(error: BaseException) -> tuple[int, str]:
     return 70, printable(f"{type(error).__name__}: {error}")
 
 
+def _shape_words(arguments: argparse.Namespace) -> list[str]:
+    """Returns the overrides that `--nodes` and `--gpus-per-node` stand for."""
+    given = {key: getattr(arguments, key) for key in ("nodes", "gpus_per_node")}
+    return [f"launch.{key}={value}" for key, value in given.items() if value is not None]
+
+
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "exit-codes":
         for row in EXIT_CODES:
@@ -230,7 +264,20 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     elif arguments.command == "estimate":
         from pocl_dist.cluster.estimate.estimate import estimate
 
-        estimate(*_files_and_overrides(arguments.config), options_of(arguments))
+        estimate(arguments.config, options_of(arguments))
+    elif arguments.command == "launch":
+        from pocl_dist.cluster.launch import launch
+
+        words = [*arguments.config, *_shape_words(arguments)]
+        launch(arguments.target, words, arguments.render, arguments.dry_run)
+    elif arguments.command == "doctor":
+        from pocl_dist.cluster.doctor.case import Options
+        from pocl_dist.cluster.doctor.command import doctor
+        from pocl_dist.pipeline.probes import PROBES
+
+        shape = _shape_words(arguments)
+        options = Options(bool(shape), arguments.gpu, arguments.wait)
+        return doctor([*arguments.config, *shape], options, PROBES, arguments.json)
     elif arguments.command == "score":
         from pocl_dist.pipeline.score import score_files
 
@@ -249,7 +296,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if "RANK" in os.environ and "POCL_DIST_VISIBLE_DEVICES" in os.environ:
         # Before torch is imported: the deepspeed launcher has replaced the caller's choice.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["POCL_DIST_VISIBLE_DEVICES"]
-    arguments = _parser().parse_args(words)
+    arguments = _parse(words)
     make_private()
     try:
         code = _dispatch(arguments)

@@ -56,7 +56,7 @@ KEYS = (
 
 
 def setup_of(options: Options = LARGE, *keys: str) -> Setup:
-    return make_setup([], [*KEYS, *keys], options)
+    return make_setup([*KEYS, *keys], options)
 
 
 # --------------------------------------------------------------------------------------- parameters
@@ -108,7 +108,7 @@ def test_weights_that_are_not_of_the_config_are_told(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**value, "num_hidden_layers": 3}))
     options = Options(rows=10, tokens_per_row=10)
     with pytest.raises(ConfigError, match=r"models\.student\.path.*the headers .* hold"):
-        make_setup([], [*KEYS[:1], "models.teacher=null", f"models.student.path={folder}",
+        make_setup([*KEYS[:1], "models.teacher=null", f"models.student.path={folder}",
                         "data.train=none"], options)  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def test_a_step_takes_the_operations_that_the_rule_of_thumb_says(large: Estimate
 def test_stages_have_the_steps_of_the_plan() -> None:
     words = ["tiny_cpu.yaml"]
     config = load_config(words)
-    found = make_estimate(make_setup(words, [], Options()))
+    found = make_estimate(make_setup(words, Options()))
     stages = make_stages(1600, config.curriculum, config.engine.global_batch_size)
     assert [stage.num_steps for stage in found.stages] == [stage.num_steps for stage in stages]
     assert [stage.num_examples for stage in found.stages] == [400, 800, 1200, 1600]
@@ -322,7 +322,7 @@ def test_what_is_missing_or_wrong_is_named(
 ) -> None:
     paths = ("models.teacher.path=/nowhere/teacher", "models.student.path=/nowhere/student")
     with pytest.raises(error) as raised:
-        make_setup([], [*KEYS, *paths, *keys], options)
+        make_setup([*KEYS, *paths, *keys], options)
     assert word in str(raised.value)
 
 

@@ -125,11 +125,11 @@ def make_estimate(setup: Setup) -> Estimate:
     )
 
 
-def estimate(words: Sequence[str], overrides: Sequence[str], options: Options) -> None:
+def estimate(words: Sequence[str], options: Options) -> None:
     """Prints the estimate; raises ConfigError (64) when the config does not fit the devices."""
     from pocl_dist.cluster.estimate.report import report
 
-    found = make_estimate(make_setup(words, overrides, options))
+    found = make_estimate(make_setup(words, options))
     if options.json:
         print(json.dumps(found.to_json()))
     else:

@@ -13,19 +13,19 @@ from pocl_dist.cluster.estimate.rows import given_workload, read_workload
 from pocl_dist.cluster.estimate.setup import Setup
 from pocl_dist.cluster.estimate.shapes import ModelShape
 from pocl_dist.cluster.estimate.workload import Workload
-from pocl_dist.config import Config, load_config
+from pocl_dist.config import Config, load_words
 from pocl_dist.errors import ConfigError, UsageError
 
 
-def make_setup(words: Sequence[str], overrides: Sequence[str], options: Options) -> Setup:
+def make_setup(words: Sequence[str], options: Options) -> Setup:
     """Returns what is estimated; loads neither torch nor weights.
 
     Raises ConfigError (64) for a config that is wrong or whose batch the ranks cannot share,
     MissingInputError (66) and UnavailableError (69) for models and rows that are not here.
     """
-    config = load_config(words, overrides)
+    config = load_words(words)
     nodes, per_node = _size(config, options)
-    config = load_config(words, [*overrides, f"engine.world_size={nodes * per_node}"])
+    config = load_words([*words, f"engine.world_size={nodes * per_node}"])
     teacher = _teacher(config, options)
     student = (
         student_shape(config, teacher)
