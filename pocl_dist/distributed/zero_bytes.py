@@ -28,8 +28,9 @@ def expected_bytes(
     """Returns what AdamW in fp32 needs per rank (Rajbhandari et al., arXiv 1910.02054, section 5).
 
     P parameters of w bytes (4, or 2 for bf16), n ranks, two moments. Gradients are added up in fp32
-    also where weights are bf16 (`grad_accum_dtype`); g is 4, or 2 for fp16. DeepSpeed 0.19 updates a copy of a rank's part
-    also where weights are fp32 already, so the paper's 8 P / n of an fp32 optimizer are 12 P / n:
+    also where weights are bf16 (`grad_accum_dtype`); g is 4, or 2 for fp16. DeepSpeed 0.19 updates
+    a copy of a rank's part also where weights are fp32 already, so the paper's 8 P / n of an fp32
+    optimizer are 12 P / n:
 
     stage   parameters   gradients   optimizer
     0       w P          g P         8 P
