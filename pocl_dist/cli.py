@@ -81,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
             )
     text = "memory, time and disk that a config needs on a cluster; loads no model"
-    estimate = commands.add_parser("estimate", help=text, description=text)
-    estimate.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
-    add_arguments(estimate)
+    add_arguments(commands.add_parser("estimate", help=text, description=text))
     verify = commands.add_parser(
         "verify", help="re-check every file of a run directory against its manifest"
     )

@@ -43,8 +43,9 @@ _SHAPE = "instead of the model's path: config.json, its folder, or hidden_size=4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options to the command's parser."""
+    """Adds the config and the options to the command's parser."""
     add = parser.add_argument
+    add("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
     add("--nodes", type=_positive, metavar="N", help="default: as engine.world_size needs")
     add("--gpus-per-node", type=_positive, metavar="G", help="ranks of a node; default: 8")
     add("--device", default="h100-80g", metavar="KIND", help="cpu, a100-40g, a100-80g, h100-80g, "
