@@ -54,13 +54,13 @@ def _size(config: Config, options: Options) -> tuple[int, int]:
     """Returns nodes and devices of a node."""
     world = config.engine.world_size
     if options.nodes is None and options.gpus_per_node is None and world is not None:
-        per_node = min(world, 8)
-        if world % per_node:
+        usual = min(world, 8)
+        if world % usual:
             raise ConfigError(
-                f"engine.world_size: {world} ranks are not whole nodes of {per_node}; "
+                f"engine.world_size: {world} ranks are not whole nodes of {usual}; "
                 "give --nodes and --gpus-per-node"
             )
-        return world // per_node, per_node
+        return world // usual, usual
     nodes, per_node = options.nodes, options.gpus_per_node
     if nodes is None and per_node is not None and world is not None and world % per_node == 0:
         return world // per_node, per_node
