@@ -30,7 +30,7 @@ setup(
         "pocl_dist": ["py.typed"],
         "pocl_dist.bundled": ["*.jsonl", "*.json", "*.md", "teacher/*", "student/*"],
         "pocl_dist.configs": ["*.yaml"],
-        "pocl_dist.launch": ["*.sh", "*.md"],
+        "pocl_dist.launch": ["**/*.*"],
     },
     install_requires=[
         "torch>=2.10",

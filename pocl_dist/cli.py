@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist import __version__
+from pocl_dist.cluster.targets import TARGETS
 from pocl_dist.errors import (
     EXIT_CODES,
     MismatchError,
@@ -86,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     outcome = commands.add_parser("outcome", help="print status.json and exit with the run's code")
     outcome.add_argument("run_dir", type=Path)
     commands.add_parser("exit-codes", help="print the table of exit codes")
+    launch = commands.add_parser(
+        "launch", help="write the job files of a scheduler or launcher from the config, and submit"
+    )
+    launch.add_argument("--target", required=True, choices=sorted(TARGETS))
+    launch.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
+    launch.add_argument("--nodes", type=int, metavar="N", help="the same as launch.nodes=N")
+    launch.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="the same as launch.gpus_per_node=G"
+    )
+    launch.add_argument("--render", type=Path, metavar="DIR", help="write the files, no more")
+    launch.add_argument("--dry-run", action="store_true", help="print the files, write nothing")
     score = commands.add_parser("score", help="ROUGE-L and exact match of given answers")
     score.add_argument(
         "--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}'
@@ -94,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
         "--references", type=Path, required=True, help="rows with the reference answers"
     )
     return parser
+
+
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the parsed command line; words of the config may stand behind an option too."""
+    parser = _parser()
+    arguments, others = parser.parse_known_args(words)
+    if others and (any(word.startswith("-") for word in others) or "config" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        arguments.config += others
+    return arguments
 
 
 def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], object]:
@@ -107,7 +129,8 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
 
 
 def _run_config_command(command: str, words: Sequence[str]) -> None:
-    from pocl_dist.config import load_config
+    from pocl_dist.config import load_words
+    from pocl_dist.config.steps import is_ranks_work
     from pocl_dist.pipeline.manifest import remove_leftovers
     from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
     from pocl_dist.pipeline.run_format import check_run_directory
@@ -115,16 +138,10 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.pipeline.run_step import run_step
     from pocl_dist.pipeline.stop_request import mark_start
 
-    # A path may hold a "=" too, but has a slash or a dot before it that no key has.
-    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
-    files = [word for word in words if not is_override(word)]
-    config = load_config(files, [word for word in words if is_override(word)])
+    config = load_words(words)
     run = RunDirectory(Path(config.run_dir))
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    is_ranks_work = command == "distill" or (
-        command == "cache" and config.teacher.cache_engine == "zero3"
-    )
-    if is_rank and not is_ranks_work:
+    if is_rank and not is_ranks_work(command, config):
         if int(os.environ["WORLD_SIZE"]) > 1:
             raise UsageError(
                 f"{command} is one process; a launcher starts `distill`, "
@@ -215,6 +232,14 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         from pocl_dist.pipeline.status_file import outcome
 
         return outcome(arguments.run_dir)
+    elif arguments.command == "launch":
+        from pocl_dist.cluster.launch import launch
+
+        words = list(arguments.config)
+        for key in ("nodes", "gpus_per_node"):
+            if getattr(arguments, key) is not None:
+                words.append(f"launch.{key}={getattr(arguments, key)}")
+        launch(arguments.target, words, arguments.render, arguments.dry_run)
     elif arguments.command == "score":
         from pocl_dist.pipeline.score import score_files
 
@@ -233,7 +258,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if "RANK" in os.environ and "POCL_DIST_VISIBLE_DEVICES" in os.environ:
         # Before torch is imported: the deepspeed launcher has replaced the caller's choice.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["POCL_DIST_VISIBLE_DEVICES"]
-    arguments = _parser().parse_args(words)
+    arguments = _parse(words)
     make_private()
     try:
         code = _dispatch(arguments)

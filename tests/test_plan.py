@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pocl_dist.config import Config
+from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.curriculum.stages import order
 from pocl_dist.difficulty.fusion import fuse
 from pocl_dist.errors import DataError, MismatchError, MissingInputError, RefusedError
@@ -21,7 +22,7 @@ from pocl_dist.files import JSONValue, atomic_write_json, digest_of
 from pocl_dist.pipeline import plan as step
 from pocl_dist.pipeline.difficulty_files import config_inputs, not_finite, write_difficulty
 from pocl_dist.pipeline.inputs import read_train
-from pocl_dist.pipeline.plan import make_plan, needs_difficulty, read_plan
+from pocl_dist.pipeline.plan import make_plan, read_plan
 from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord

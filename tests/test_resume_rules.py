@@ -55,6 +55,9 @@ def _with(section: BaseModel, key: str, value: object) -> BaseModel:
 def _other(value: object) -> object:
     if isinstance(value, bool):
         return not value
+    if isinstance(value, BaseModel):  # a section whose keys are all free
+        others = {name: _other(getattr(value, name)) for name in type(value).model_fields}
+        return value.model_copy(update=others)
     if isinstance(value, int | float):
         return value + 1
     return [*value, 7] if isinstance(value, list) else f"not {value}"

@@ -3,7 +3,8 @@
 from pocl_dist.config.curriculum_sections import CurriculumConfig, ScheduleConfig
 from pocl_dist.config.input_sections import DataConfig, LoRAConfig, ModelConfig, StudentConfig
 from pocl_dist.config.keys import compare_inputs, flatten, select_keys
-from pocl_dist.config.load import dump_config, load_config
+from pocl_dist.config.launch_sections import LaunchConfig
+from pocl_dist.config.load import dump_config, load_config, load_words
 from pocl_dist.config.pass_sections import (
     EvaluateConfig,
     GenerateConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
     "GenerationConfig",
+    "LaunchConfig",
     "LoRAConfig",
     "LossConfig",
     "MeasureConfig",
@@ -42,5 +44,6 @@ __all__ = [
     "dump_config",
     "flatten",
     "load_config",
+    "load_words",
     "select_keys",
 ]

@@ -14,14 +14,14 @@ from pydantic_core import ErrorDetails
 
 from pocl_dist.config.checks import check_config
 from pocl_dist.config.schema import Config
-from pocl_dist.errors import ConfigError, MissingInputError
+from pocl_dist.config.shipped import find_config
+from pocl_dist.errors import ConfigError
 from pocl_dist.files import JSONValue
 from pocl_dist.guards import printable, shown
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 50  # of nesting; no section is deeper than four
 MAX_MISTAKES = 20  # told at once; a file of another program has thousands
-PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 class _Loader(yaml.SafeLoader):
@@ -82,17 +82,6 @@ for _tag, _pattern, _first in (
 ):
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
-
-
-def find_config(path: str) -> Path:
-    """Returns the file itself, or the one of that name among the configs that the package ships."""
-    if Path(path).is_file():
-        return Path(path)
-    shipped = Path(path).name
-    for folder in (PACKAGE_FOLDER / "configs", PACKAGE_FOLDER.parent / "configs"):
-        if Path(path).parent in (Path("configs"), Path(".")) and (folder / shipped).is_file():
-            return folder / shipped
-    raise MissingInputError(f"config file {path} does not exist (looked at {Path(path).resolve()})")
 
 
 def _parse_yaml(text: str, source: str) -> JSONValue:
@@ -240,6 +229,14 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         raise ConfigError("\n".join(lines)) from None
     check_config(config)
     return config
+
+
+def load_words(words: Sequence[str]) -> Config:
+    """Returns the config of a command line: files and overrides in any order."""
+    # A path may hold a "=" too, but has a slash or a dot before it that no key has.
+    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
+    files = [word for word in words if not is_override(word)]
+    return load_config(files, [word for word in words if is_override(word)])
 
 
 def dump_config(config: Config) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pocl_dist.config.curriculum_sections import CurriculumConfig, DevConfig
 from pocl_dist.config.input_sections import DataConfig, ModelsConfig
+from pocl_dist.config.launch_sections import LaunchConfig
 from pocl_dist.config.pass_sections import (
     EvaluateConfig,
     GenerateConfig,
@@ -62,3 +63,4 @@ class Config(Section):
     run: RunConfig = RunConfig()
     export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
+    launch: LaunchConfig = LaunchConfig()

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from pocl_dist.records import EncodedExample
 
 
-def needs_generate(config: Config) -> bool:
-    """Returns whether the run trains on the teacher's answers."""
-    return config.data.responses == "teacher"
-
-
 def generate(config: Config, run: RunDirectory) -> None:
     """Writes the data set of the teacher's answers, `generated/train.jsonl` or `generate.output`.
 

@@ -10,11 +10,6 @@ from pocl_dist.pipeline.inputs import teacher_source
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 
 
-def needs_init_student(config: Config) -> bool:
-    """Returns whether the student is to be made from the teacher."""
-    return config.models.student.init_layers is not None
-
-
 def init_student(config: Config, run: RunDirectory) -> None:
     """Writes `init_student/` (safetensors, tokenizer); does nothing when it is there already."""
     teacher = teacher_source(config, run)

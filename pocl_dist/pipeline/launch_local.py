@@ -1,4 +1,4 @@
-"""Starts the ranks of a step on this machine, through launch/local.sh, and reads how they ended."""
+"""Starts the ranks of a step, through a file of launch/, and reads how they ended."""
 
 from __future__ import annotations
 
@@ -6,29 +6,21 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 from types import FrameType
 
 from pocl_dist import errors
 from pocl_dist.config import Config
+from pocl_dist.config.shipped import launch_file
 from pocl_dist.files import read_json
 from pocl_dist.models.sources import MARKER
 from pocl_dist.pipeline.inputs import finished_record
+from pocl_dist.pipeline.rank_launcher import launch_environment
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.status_file import read_status
 from pocl_dist.pipeline.stop_request import STOP_SIGNALS, waiting_request
 
 IDLE_STARTS = 3
 """So many starts without a new checkpoint are no bad luck any more."""
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def launch_file(name: str) -> Path:
-    """Returns a file of launch/, from the wheel or from the checkout."""
-    inside = _PACKAGE / "launch" / name
-    return inside if inside.exists() else _PACKAGE.parent / "launch" / name
 
 
 def is_distilled(config: Config, run: RunDirectory) -> bool:
@@ -74,19 +66,16 @@ def _last_saved(run: RunDirectory) -> int:
 
 
 def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
-    """Runs a step on `engine.world_size` ranks and waits; raises the error the ranks ended with.
+    """Runs a step on its ranks and waits; raises the error the ranks ended with.
 
     SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and
     leave together; the launcher itself never sees them (it would kill the ranks).
     """
-    environment = dict(os.environ)
-    environment |= {"PYTHON": sys.executable, "STEP": step}
-    if config.engine.world_size is not None:
-        environment["NUM_RANKS"] = str(config.engine.world_size)
-    paths = [str(_PACKAGE.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    command = ["bash", str(launch_file("local.sh")), str((run.root / "config.yaml").resolve())]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    file = launch_file(f"{config.launch.ranks_with}.sh")
+    command = ["bash", str(file), str((run.root / "config.yaml").resolve())]
+    process = subprocess.Popen(
+        command, env=launch_environment(config, step), start_new_session=True
+    )
     earlier = waiting_request()
     received: list[int] = []
 

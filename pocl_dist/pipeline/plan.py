@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from pocl_dist.config import Config, compare_inputs, select_keys
+from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.curriculum.stages import make_stages, order
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import fuse
@@ -38,11 +39,6 @@ _INPUT_KEYS = (
     "curriculum.ordering",
     "engine.global_batch_size",
 )
-
-
-def needs_difficulty(config: Config) -> bool:
-    """Returns whether the order of rows matters: not with one stage, nor when they are shuffled."""
-    return config.curriculum.num_stages > 1 and config.curriculum.ordering != "shuffled"
 
 
 def make_plan(config: Config, run: RunDirectory) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pocl_dist.config import Config
+from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.errors import ConfigError
 from pocl_dist.pipeline.cache_inputs import check_top_k
 from pocl_dist.pipeline.inputs import (
@@ -13,7 +14,6 @@ from pocl_dist.pipeline.inputs import (
     teacher_source,
     write_quarantine,
 )
-from pocl_dist.pipeline.plan import needs_difficulty
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.server_answers import find_server
 

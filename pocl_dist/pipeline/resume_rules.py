@@ -75,10 +75,13 @@ FREE: Mapping[str, str] = MappingProxyType(
         "run.max_restarts": "a rule for this attempt",
         "log.tensorboard": _SHOWN,
         "log.every": _SHOWN,
+        "launch": "where it is computed, and who starts it (to rounding)",
     }
 )
 
 
+# Sections of which all keys are free, for one reason: one row of the table.
+_FREE_SECTIONS = ("launch",)
 # The record of a run without top-k cache has `teacher.top_k: null`, whatever the config says.
 _RECORDED_AS = {"teacher.source": ("teacher.top_k",)}
 
@@ -120,7 +123,7 @@ def schema_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
     """Yields every dotted key of the config, those of optional sections too; schedules are one."""
     for name, field in section.model_fields.items():
         sections = [kind for kind in _sections(field.annotation) if kind is not ScheduleConfig]
-        if sections:
+        if sections and f"{prefix}{name}" not in _FREE_SECTIONS:
             yield from schema_keys(sections[0], f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"

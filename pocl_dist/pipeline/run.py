@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pocl_dist.config import Config
+from pocl_dist.config import Config, steps
 from pocl_dist.errors import StoppedError
 from pocl_dist.pipeline.cache import cache
 from pocl_dist.pipeline.evaluate import evaluate
-from pocl_dist.pipeline.generate import generate, needs_generate
-from pocl_dist.pipeline.init_student import init_student, needs_init_student
+from pocl_dist.pipeline.generate import generate
+from pocl_dist.pipeline.init_student import init_student
 from pocl_dist.pipeline.launch_local import run_ranks
 from pocl_dist.pipeline.measure import measure
-from pocl_dist.pipeline.plan import make_plan, needs_difficulty
+from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.preflight import check_inputs
 from pocl_dist.pipeline.report import report
 from pocl_dist.pipeline.run_directory import RunDirectory
@@ -20,20 +20,17 @@ from pocl_dist.pipeline.stop_request import StopRequest
 
 def steps_of(config: Config) -> list[tuple[str, Step]]:
     """Returns (name, function) of the steps that the config needs, in order."""
-    steps: list[tuple[str, Step]] = []
-    if needs_init_student(config):
-        steps.append(("init-student", init_student))
-    if needs_generate(config):
-        steps.append(("generate", generate))
-    if needs_difficulty(config):
-        steps.append(("measure", measure))
-    steps.append(("plan", make_plan))
-    if config.teacher.source != "online":
-        steps.append(("cache", cache))
-    steps.append(("distill", run_ranks))
-    if config.data.eval:
-        steps.append(("evaluate", evaluate))
-    return [*steps, ("report", report)]
+    functions: dict[str, Step] = {
+        "init-student": init_student,
+        "generate": generate,
+        "measure": measure,
+        "plan": make_plan,
+        "cache": cache,
+        "distill": run_ranks,
+        "evaluate": evaluate,
+        "report": report,
+    }
+    return [(name, functions[name]) for name in steps.steps_of(config)]
 
 
 def run_all(config: Config, run: RunDirectory) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from pocl_dist.config import load_config
+from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.data.sources import read_rows
 from pocl_dist.errors import PoclError
 from pocl_dist.pipeline import (
@@ -38,7 +39,7 @@ def _shards(chain: Chain) -> Iterator[str]:
 
 def _difficulty(chain: Chain) -> Iterator[str]:
     name = "difficulty/inputs.json"
-    if name in chain.sha256 and plan.needs_difficulty(chain.config):
+    if name in chain.sha256 and needs_difficulty(chain.config):
         expected = difficulty_files.config_keys(chain.config)
         yield from differing(name, chain.record(name), expected, "config.yaml")
 
@@ -49,7 +50,7 @@ def _plan(chain: Chain) -> Iterator[str]:
     plan.read_plan(chain.run.plan)  # its digest, and the ranking beside it
     inputs = cast("Record", chain.record("plan.json")["inputs"])
     yield from differing("plan.json", inputs, plan.config_keys(chain.config), "config.yaml")
-    if not plan.needs_difficulty(chain.config):
+    if not needs_difficulty(chain.config):
         return
     records = difficulty_files.read_records(chain.run.difficulty)
     if inputs.get("difficulty sha256") != plan.scores_digest(records):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.files import JSONValue, digest_of
 from pocl_dist.models.sources import MARKER, ModelFolder, model_digest
 from pocl_dist.pipeline import evaluate, plan
@@ -29,7 +30,7 @@ def checkpoints(chain: Chain) -> Iterator[str]:
             yield f"{name}: digest.plan is not that of plan.json"
         inputs = cast("Record", chain.record("plan.json")["inputs"])
         yield same(name, "digest.data", record, "plan.json", "data.train sha256", inputs)
-        if plan.needs_difficulty(chain.config):
+        if needs_difficulty(chain.config):
             source, key = "difficulty/inputs.json", "models.student model sha256"
             yield same(name, "digest.student", record, source, key, chain.record(source))
         if chain.config.teacher.source.startswith("cache_"):
