@@ -12,6 +12,7 @@ from pocl_dist.distributed.collectives import barrier, gather_ints
 from pocl_dist.distributed.process_group import Rank, join_process_group, lost_peers_named
 from pocl_dist.errors import StoppedError
 from pocl_dist.files import digest_of
+from pocl_dist.pipeline.agreement import agree_on_setup
 from pocl_dist.pipeline.cache import (
     CacheJob,
     missing_shards,
@@ -42,6 +43,7 @@ def cache_rank(config: Config, run: RunDirectory) -> None:
     rank = join_process_group(config.engine.timeout_seconds)
     started = time.monotonic()
     with lost_peers_named(rank):
+        agree_on_setup(config, rank)
         job = prepare(config, run)
         agree_on_digest(digest_of(job.inputs), rank, "config, data, model or plan")
         if rank.is_main:

@@ -27,6 +27,7 @@ from pocl_dist.distributed.process_group import (
 from pocl_dist.distributed.watchdog import EXIT_CODE, Watchdog
 from pocl_dist.errors import ConfigError, StoppedError
 from pocl_dist.failpoints import failpoint
+from pocl_dist.pipeline.agreement import agree_on_setup
 from pocl_dist.pipeline.dev import evaluate_on_dev
 from pocl_dist.pipeline.nonfinite import skip_step
 from pocl_dist.pipeline.run_directory import RunDirectory
@@ -85,6 +86,7 @@ def _distill(
             f"but the launcher started {rank.world_size} ranks"
         )
     watchdog.beat("loading", is_bounded=False)
+    agree_on_setup(config, rank)
     failpoint("loading")
     training = prepare_training(config, run, rank)
     training.is_stop_asked = on_any_rank(stop.is_asked(), rank)

@@ -14,7 +14,11 @@ from pocl_dist.config.shipped import launch_file
 from pocl_dist.files import read_json
 from pocl_dist.models.sources import MARKER
 from pocl_dist.pipeline.inputs import finished_record
-from pocl_dist.pipeline.rank_launcher import launch_environment
+from pocl_dist.pipeline.rank_launcher import (
+    check_can_start,
+    launch_environment,
+    name_lost_hosts,
+)
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.status_file import read_status
 from pocl_dist.pipeline.stop_request import STOP_SIGNALS, waiting_request
@@ -71,6 +75,7 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
     SIGTERM, SIGUSR1 and Ctrl-C are turned into the stop file, so that the ranks save and
     leave together; the launcher itself never sees them (it would kill the ranks).
     """
+    check_can_start(config)
     file = launch_file(f"{config.launch.ranks_with}.sh")
     command = ["bash", str(file), str((run.root / "config.yaml").resolve())]
     process = subprocess.Popen(
@@ -100,7 +105,10 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
             run.stop_file.unlink(missing_ok=True)
             if earlier is not None:  # the ranks may have been done before they saw the file
                 earlier.take_over(received[0])
-    _raise_outcome(code, run, step)
+    try:
+        _raise_outcome(code, run, step)
+    except errors.WorkerError as error:
+        raise name_lost_hosts(config, error) from None
 
 
 def _raise_outcome(code: int, run: RunDirectory, step: str) -> None:

@@ -14,6 +14,7 @@ from pocl_dist.pipeline.inputs import (
     teacher_source,
     write_quarantine,
 )
+from pocl_dist.pipeline.rank_launcher import check_can_start
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.server_answers import find_server
 
@@ -63,7 +64,10 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     check_top_k(config, len(encoder_tokenizer))
     encoder = make_encoder(config, encoder_tokenizer)
     encoder.encode(train.examples[0])  # the template must leave room for a prompt
-    _check_ranks(config)
+    if config.launch.ranks_with == "local":
+        _check_ranks(config)
+    else:
+        check_can_start(config)
 
 
 def _check_positions(config: Config, positions: int | None, key: str) -> None:

@@ -1,4 +1,4 @@
-"""The command that starts the ranks of a step: a file of launch/ and the variables it reads."""
+"""What is checked before ranks are started, and the variables of the files that start them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,36 @@ import os
 import sys
 
 from pocl_dist.config import Config
+from pocl_dist.config.launch_checks import check_fits
 from pocl_dist.config.shipped import PACKAGE
+from pocl_dist.errors import WorkerError
+from pocl_dist.hosts import check_hosts, check_port_here, chosen_hosts, unreachable
+
+
+def check_can_start(config: Config) -> None:
+    """Raises an error when the ranks could not be started; starts nothing.
+
+    ConfigError (64): machines and config do not fit, bad hostfile, too few slots.
+    MissingInputError (66): no hostfile; a host that sees other files. UnavailableError (69): a host
+    is not reachable, asks for a password, or the port of rank 0 is in use.
+    """
+    launch = config.launch
+    if launch.ranks_with == "local":
+        return
+    check_fits(config)
+    if launch.ranks_with == "deepspeed":
+        check_hosts(chosen_hosts(launch), launch)
+    elif launch.ranks_with == "torchrun":
+        check_port_here(launch.master_port)
+
+
+def name_lost_hosts(config: Config, error: WorkerError) -> WorkerError:
+    """Returns the error with the hosts that do not answer any more, where they can be asked."""
+    launch = config.launch
+    if launch.ranks_with != "deepspeed":
+        return error
+    lost = unreachable(chosen_hosts(launch), launch)
+    return WorkerError(f"{error}; not reachable any more: {', '.join(lost)}") if lost else error
 
 
 def launch_environment(config: Config, step: str) -> dict[str, str]:
@@ -27,7 +56,17 @@ def launch_environment(config: Config, step: str) -> dict[str, str]:
         "GRACE_SECONDS": str(launch.grace_seconds),
     }
     if launch.gpus_per_node == 0:
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "POCL_DIST_VISIBLE_DEVICES": ""}
+        environment |= cpu
+    if launch.ranks_with == "deepspeed":
+        assert launch.hostfile is not None, "checked before"
+        environment |= {
+            "HOSTFILE": launch.hostfile,
+            "SSH_PORT": str(launch.ssh_port),
+            "SSH_CONFIG": launch.ssh_config or "",
+            "DEAD_LINK_SECONDS": str(launch.dead_link_seconds),
+            "LAUNCH_VARIABLES": ",".join(launch.environment),
+        }
     if launch.master_address is not None:
         environment["MASTER_ADDR"] = launch.master_address
     return environment

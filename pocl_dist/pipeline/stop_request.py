@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from pocl_dist.pipeline.run_directory import RunDirectory
@@ -16,12 +17,25 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 STARTED_VARIABLE = "POCL_DIST_STARTED"
-"""When the attempt began, on this machine's clock since boot; processes below take it over."""
+"""When the attempt began: the machine's boot and its clock since; processes below take it over."""
 
 
 def mark_start() -> None:
-    """Starts the clock of `run.max_wallclock_minutes`, unless a process above has."""
-    os.environ.setdefault(STARTED_VARIABLE, repr(_now()))
+    """Starts the clock of `run.max_wallclock_minutes`, unless a process above has.
+
+    A launcher may hand the variables of its machine to another one, whose clock began elsewhere.
+    """
+    if _started_at() is None:
+        os.environ[STARTED_VARIABLE] = f"{_boot_id()} {_now()!r}"
+
+
+def _started_at() -> float | None:
+    boot_id, _, seconds = os.environ.get(STARTED_VARIABLE, "").partition(" ")
+    return float(seconds) if seconds and boot_id == _boot_id() else None
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _now() -> float:
@@ -42,8 +56,8 @@ class StopRequest:
         self._run = run
         self._ends_at: float | None = None
         if max_wallclock_minutes is not None:
-            started = float(os.environ.get(STARTED_VARIABLE) or _now())
-            self._ends_at = started + 60.0 * max_wallclock_minutes
+            started = _started_at()
+            self._ends_at = (_now() if started is None else started) + 60.0 * max_wallclock_minutes
         self._signal: int | None = None
 
     def install(self) -> None:

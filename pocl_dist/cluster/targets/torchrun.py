@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pocl_dist.cluster.common_files import common_files
 from pocl_dist.cluster.launch_plan import LaunchPlan
-from pocl_dist.cluster.templates import fill
+from pocl_dist.cluster.templates import Value, fill
 from pocl_dist.config.shipped import launch_file
 from pocl_dist.errors import ConfigError, UsageError
 
@@ -19,7 +19,7 @@ def render(plan: LaunchPlan) -> dict[str, str]:
             "launch.master_address: is required with the target torchrun: the first node, as the "
             "others call it"
         )
-    other = {
+    other: dict[str, Value] = {
         "nodes": plan.nodes,
         "ranks_per_node": plan.ranks_per_node,
         "master_address": launch.master_address or "127.0.0.1",
