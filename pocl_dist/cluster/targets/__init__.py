@@ -8,5 +8,6 @@ from __future__ import annotations
 
 TARGETS: dict[str, str] = {
     "deepspeed": "hosts of a hostfile, over ssh and pdsh; started from here",
+    "k8s": "Kubernetes: Indexed Jobs for ranks, KubeRay's RayJobs for the passes",
     "torchrun": "one command for every node, started by hand",
 }
