@@ -15,7 +15,7 @@ if [ -n "${JOB_COMPLETION_INDEX:-}" ]; then
     export NODE_RANK=${NODE_RANK:-$JOB_COMPLETION_INDEX}
 fi
 # Apptainer and OpenShift choose the user: there may be no name and no home for it, and torch asks for both.
-if [ ! -w "${HOME:-/}" ]; then
+if [ -z "${HOME:-}" ] || [ ! -w "$HOME" ]; then
     HOME=$(mktemp -d)
     export HOME
 fi

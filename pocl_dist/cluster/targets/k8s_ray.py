@@ -50,8 +50,8 @@ def ray_job(plan: LaunchPlan, step: str, name: str, digest: str) -> Mapping:
             "authOptions": {"mode": "token"},
             "networkPolicy": {"mode": "DenyAllIngress"},
             "headGroupSpec": {
-                # 0 CPUs: no actor runs on the head. Operator and submitter reach the job server over
-                # the network, so it cannot listen on loopback: token and policy guard it.
+                # 0 CPUs: no actor runs on the head. Operator and submitter reach the job server
+                # over the network, so it cannot listen on loopback: token and policy guard it.
                 "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
                 "template": pod_template(plan, name, head),
             },
