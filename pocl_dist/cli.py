@@ -131,6 +131,7 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
 def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.config import load_words
     from pocl_dist.config.steps import is_ranks_work
+    from pocl_dist.distributed.scratch import use_scratch
     from pocl_dist.pipeline.manifest import remove_leftovers
     from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
     from pocl_dist.pipeline.run_format import check_run_directory
@@ -149,6 +150,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
             )
         is_rank = False
     check_versions()
+    use_scratch(config.run.scratch_dir, run.root)
     mark_start()
     step = _step_of(command, is_rank)
     # Ranks that `run` or `distill` started work under the lock, config and manifest of that

@@ -156,7 +156,7 @@ def _check_commit(path: Path) -> None:
             check()
 
 
-def fsync_folder(folder: Path) -> None:
+def fsync_path(folder: Path) -> None:
     """Makes renames inside `folder` (or the content of a file) survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -186,7 +186,7 @@ def atomic_write(
             _check_commit(path)
             temporary.replace(path)
             failpoint("atomic_write.after_rename")
-            fsync_folder(path.parent)
+            fsync_path(path.parent)
         finally:
             with contextlib.suppress(OSError):  # the error above is the one that matters
                 temporary.unlink(missing_ok=True)
@@ -221,14 +221,14 @@ def new_folder(target: Path, keeps_existing: bool = False) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
-                fsync_folder(file)
-            fsync_folder(temporary)
+                fsync_path(file)
+            fsync_path(temporary)
             failpoint("new_folder.before_rename")
             _check_commit(target)
             if not (keeps_existing and target.exists()):
                 shutil.rmtree(target, ignore_errors=True)
                 temporary.rename(target)
-                fsync_folder(target.parent)
+                fsync_path(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -221,9 +221,12 @@ def _distill_without_teacher(path: str, overrides: list[str]) -> None:
     distill.distill_rank(config, RunDirectory(Path(config.run_dir)))
 
 
-def distill_from_cache(path: Path, world_size: int, run: RunDirectory) -> RunDirectory:
+def distill_from_cache(
+    path: Path, world_size: int, run: RunDirectory, *overrides: str
+) -> RunDirectory:
     """Trains on ranks that may not load the teacher; returns the run directory."""
-    run_ranks(_distill_without_teacher, world_size, str(path), [f"run_dir={run.root}"])
+    words = [f"run_dir={run.root}", *overrides]
+    run_ranks(_distill_without_teacher, world_size, str(path), words)
     return run
 
 

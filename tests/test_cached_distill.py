@@ -50,8 +50,12 @@ def test_losses_from_cached_hidden_states_are_those_of_the_online_teacher(
     hidden: tuple[Path, RunDirectory], online: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
     path, whole = hidden
-    run = distill_from_cache(path, world_size, copy_of(whole, tmp_path / "run"))
+    scratch = [f"run.scratch_dir={tmp_path / 'scratch'}"] if world_size == 2 else []
+    run = distill_from_cache(path, world_size, copy_of(whole, tmp_path / "run"), *scratch)
     torch.testing.assert_close(losses(step_rows(run)), online, rtol=1e-6, atol=0)
+    copies = {file.name for file in (tmp_path / "scratch").rglob("*.safetensors")}
+    cached = {file.name for file in run.teacher_cache.glob("*.safetensors")}
+    assert copies == (cached if scratch else set())
 
 
 def test_losses_from_top_k_with_all_tokens_are_those_of_the_online_teacher(

@@ -265,7 +265,9 @@ def test_a_rewound_run_is_one_that_never_took_the_steps_since_the_checkpoint(
 ) -> None:
     # Steps 6 and 7 are bad; step 5 led to their weights.
     kinds = dict.fromkeys((5, 6), "infinities of both signs")
-    path = write_config(tmp_path / "rewound", *tiny_pair, **REWINDING)
+    # Saves are still being written when the bad steps come: the newest is waited for.
+    saving = REWINDING | {"checkpoint": {"every": 2, "asynchronous": True}}
+    path = write_config(tmp_path / "rewound", *tiny_pair, **saving)
     # It breaks off among the bad steps, and decides the same when it is resumed.
     run, rows = distill_injured(path, 1, kinds, failpoint="train.before_step=enospc@7")
     assert rows[0][1][0] == "OSError"

@@ -122,10 +122,13 @@ class EngineConfig(Section):
 
 
 class RunConfig(Section):
-    """How long this attempt of the run may take."""
+    """How long this attempt of the run may take, and where it keeps what is no result."""
 
     max_wallclock_minutes: Annotated[float, Field(gt=0)] | None = None
     """After this long the run saves and exits with code 75; leave room for a step and a save."""
+    scratch_dir: Text | None = None
+    """Folder on a disk of each node: compile caches, and a copy of the teacher cache that ranks
+    read instead of the shared one; null: no copy, and compilers choose (mostly the home folder)."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """How often `run` and `distill` start the ranks again after one was lost (exit code 71)."""
 

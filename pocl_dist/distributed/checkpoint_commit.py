@@ -31,7 +31,7 @@ from pocl_dist.files import (
     atomic_write_text,
     explain_storage_error,
     free_bytes,
-    fsync_folder,
+    fsync_path,
     read_json,
 )
 
@@ -83,7 +83,7 @@ def commit(save: Save, world_size: int, before_commit: Callable[[], None]) -> No
     manifest = {**save.manifest, "bytes": num_bytes, "seconds": seconds, "files": rows}
     atomic_write_json(save.temporary / MANIFEST, manifest)
     atomic_write_text(save.temporary / SEAL, seal_of((save.temporary / MANIFEST).read_bytes()))
-    fsync_folder(save.temporary)
+    fsync_path(save.temporary)
     target = step_folder(folder, save.step)
     before_commit()
     failpoint("checkpoint.before_rename")
@@ -91,7 +91,7 @@ def commit(save: Save, world_size: int, before_commit: Callable[[], None]) -> No
         _remove(target)
     save.temporary.rename(target)
     failpoint("checkpoint.after_rename")
-    fsync_folder(folder)
+    fsync_path(folder)
     save.committed = Committed(save.step, num_bytes, time.monotonic() - save.started)
 
 

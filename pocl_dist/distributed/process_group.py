@@ -36,6 +36,17 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def place_on_node() -> tuple[int, int]:
+    """Returns (index of this rank on its node, ranks there), as the launcher's variables say.
+
+    Of a launcher that does not tell, each rank is a node of its own.
+    """
+    num_here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    if num_here is None or "LOCAL_RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ["LOCAL_RANK"]), int(num_here)
+
+
 def join_process_group(timeout_seconds: float) -> Rank:
     """Joins the process group of the launcher's variables (alone without them). Collective.
 

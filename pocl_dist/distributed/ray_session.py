@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from pocl_dist.config import RayConfig
+from pocl_dist.distributed import ray_reaper
 from pocl_dist.errors import ConfigError, RefusedError, UnavailableError
 from pocl_dist.guards import shown
 
@@ -76,6 +77,20 @@ def _token_file() -> Path:
     return path
 
 
+@cache
+def _reaper() -> subprocess.Popen[bytes] | None:
+    """Returns the process that cleans up after this one; it waits for the end of its own input."""
+    if not Path("/proc/self/fd").exists():
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", ray_reaper.__file__, str(_private_folder())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C and the end of the driver's group are not its end
+    )
+
+
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
@@ -110,6 +125,7 @@ def _initialise(what: str, **options: object) -> None:
 
 
 def _start_local(config: RayConfig) -> None:
+    _reaper()
     # With more actors asked for than there are CPUs, Ray would wait for CPUs for ever.
     num_cpus = None if config.num_actors is None else config.num_actors * config.cpus_per_actor
     _initialise(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from pocl_dist.config import Config, select_keys
 from pocl_dist.data.sources import Rows
+from pocl_dist.distributed.scratch import scratch_folder
 from pocl_dist.errors import ConfigError, MissingInputError
 from pocl_dist.files import JSONValue, digest_of, read_json
 from pocl_dist.models.sources import ModelFolder
@@ -118,6 +119,7 @@ def cached_teacher(
     """
     from pocl_dist.distributed.process_group import torch_dtype
     from pocl_dist.teacher.cache import CachedTeacher
+    from pocl_dist.teacher.cache_copy import check_undamaged, copy_to_node
 
     examples = planned_examples(plan, encoded)
     record = run.teacher_cache / "inputs.json"
@@ -129,8 +131,13 @@ def cached_teacher(
         )
     summary = read_json(run.teacher_cache / "summary.json")
     check_truncation(config, run, cast("dict[str, float]", summary["truncation_error"] or {}))
+    folder = run.teacher_cache
+    if config.run.scratch_dir is None:
+        check_undamaged(folder, rank)
+    else:
+        folder = copy_to_node(folder, scratch_folder(config.run.scratch_dir), rank)
     return CachedTeacher(
-        run.teacher_cache,
+        folder,
         examples,
         rank,
         torch_dtype(config.engine.dtype, rank.device),

@@ -72,6 +72,7 @@ FREE: Mapping[str, str] = MappingProxyType(
         "resume.on_damage": "a rule for this attempt",
         "resume.strict_versions": "a rule for this attempt",
         "run.max_wallclock_minutes": "a rule for this attempt",
+        "run.scratch_dir": _SPEED,
         "run.max_restarts": "a rule for this attempt",
         "log.tensorboard": _SHOWN,
         "log.every": _SHOWN,

@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pocl_dist.distributed.collectives import gather_texts
 from pocl_dist.distributed.process_group import Rank
 from pocl_dist.errors import MismatchError, MissingInputError
 from pocl_dist.records import Batch, EncodedExample, LMHead, TeacherOutput, TeacherTopK
+from pocl_dist.teacher.cache_copy import REMEDY
 from pocl_dist.teacher.cache_files import (
     HEAD,
     HIDDEN,
@@ -27,7 +27,6 @@ from pocl_dist.teacher.cache_files import (
     TOKEN_IDS,
     Place,
     entry_names,
-    find_damage,
     is_cached,
     read_entry,
     read_index,
@@ -37,7 +36,6 @@ from pocl_dist.teacher.cache_files import (
 
 # Shards that are mapped at once: their pages count as this process's memory while they are.
 MAX_OPEN_SHARDS = 16
-_REMEDY = "`pocl-dist cache` (or `run`) computes what is missing or damaged"
 
 
 class CachedTeacher:
@@ -56,26 +54,25 @@ class CachedTeacher:
         *,
         is_top_k: bool,
     ) -> None:
-        """Checks that all of `examples` are there and that no file is damaged. Collective.
+        """Checks that all of `examples` are there; whether files are damaged was asked before.
 
-        Raises MissingInputError (66) for rows that are not cached, MismatchError (78) for files
-        that are not what was written or are of another dtype than `dtype`.
+        Raises MissingInputError (66) for rows that are not cached, MismatchError (78) for files of
+        another dtype than `dtype`.
         """
         self._folder = folder
         self._is_top_k = is_top_k
         self._open: OrderedDict[str, safe_open] = OrderedDict()
-        check_undamaged(folder, rank)
         self._index = read_index(read_shards(folder))
         missing = [row.example_id for row in examples if not is_cached(self._index, row)]
         if missing:
             raise MissingInputError(
                 f"{folder}: {len(missing)} training rows are not cached as they are encoded now "
-                f"(first: {missing[0]!r}); {_REMEDY}"
+                f"(first: {missing[0]!r}); {REMEDY}"
             )
         self.head: LMHead | None = None
         if not is_top_k:
             if HEAD not in entry_names(folder):
-                raise MissingInputError(f"{folder}: the teacher's head is missing; {_REMEDY}")
+                raise MissingInputError(f"{folder}: the teacher's head is missing; {REMEDY}")
             self.head = read_head(folder, rank.device)
             _check_dtype(folder, self.head.weight_VH.dtype, dtype)
 
@@ -127,18 +124,6 @@ def read_head(folder: Path, device: torch.device) -> LMHead:
     tensors = load_file(tensor_file(folder, HEAD), device=str(device))
     scalars = read_entry(folder, HEAD).scalars or {}
     return LMHead(**tensors, **scalars)  # type: ignore[arg-type]
-
-
-def check_undamaged(folder: Path, rank: Rank) -> None:
-    """Raises MismatchError (78) on all ranks when a file is not what was written. Collective.
-
-    Each rank hashes its share of the files, so that the whole cache is read once.
-    """
-    mine = entry_names(folder)[rank.index :: rank.world_size]
-    reasons = gather_texts("\n".join(d.reason for d in find_damage(folder, mine)), rank)
-    found = [line for text in reasons for line in text.splitlines()]
-    if found:
-        raise MismatchError("\n  ".join([f"{folder} is damaged; {_REMEDY}:", *found[:10]]))
 
 
 def _check_dtype(folder: Path, found: torch.dtype, expected: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.chaos import (
+    clock_skew,
     coordinator_model,
     damage,
     enospc,
@@ -37,6 +38,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], Result]] = {
     "nonfinite": nonfinite.run,
     "world_size": world_size.run,
     "fenced_writer": fenced_writer.run,
+    "clock_skew": clock_skew.run,
     "coordinator_model": coordinator_model.run,
     "hostile": hostile.run,
     "mutants": mutants.run,

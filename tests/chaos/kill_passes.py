@@ -14,6 +14,7 @@ from tests.chaos.lab import Lab, failing_at, known_failpoints
 from tests.chaos.result import Result
 
 KILLS_PER_PASS = 5
+KILLS_PER_ATTEMPT = 2
 MOST_ATTEMPTS = 12
 # Each step of a run; of a pass also where its results lie.
 STEPS: dict[str, str | None] = {
@@ -51,7 +52,7 @@ def _kill_actor(job: Job, generator: random.Random, result: Result) -> None:
 def _attempt(job: Job, is_actor: bool, generator: random.Random, result: Result, once: Path) -> int:
     """Waits for the end of a disturbed pass; counts its kills; returns its exit code."""
     before = set(once.iterdir())
-    if is_actor:
+    for _ in range(KILLS_PER_ATTEMPT if is_actor else 0):
         _kill_actor(job, generator, result)
     code = job.wait(150)
     ended_at = time.monotonic()
@@ -77,7 +78,7 @@ def _disturb(
             shutil.rmtree(config.parent / "run" / str(STEPS[step]))
         once = config.parent / f"once-{step}-{num_attempts}"
         is_open = result.num_faults - first < wanted
-        entries = _entries(generator, 2) if is_open and num_attempts % 2 else []
+        entries = _entries(generator, KILLS_PER_ATTEMPT) if is_open and num_attempts % 2 else []
         environment = failing_at(once, *entries)
         job = Job(config.parent / "log.txt", step, str(config), environment=environment)
         code = _attempt(job, is_open and not entries, generator, result, once)
