@@ -39,8 +39,19 @@ else
     wait_while "$JOIN_SECONDS" is_unknown     # the name of pod 0 comes up some time after the pod
 fi
 before=$(word)
-bash "$here/run_phase.sh" "$STEP" "$here/config.yaml" bash "$here/torchrun.sh" "$here/config.yaml"
-code=$?
+bash "$here/run_phase.sh" "$STEP" "$here/config.yaml" bash "$here/torchrun.sh" "$here/config.yaml" &
+pid=$!
+trap 'kill -TERM "$pid" 2>/dev/null' TERM INT HUP USR1    # it makes the stop file of them; we wait on
+while :; do
+    wait "$pid"
+    code=$?
+    kill -0 "$pid" 2>/dev/null || break       # else a signal ended the wait, not the step
+done
+if [ "$code" -gt 128 ]; then
+    wait "$pid" 2>/dev/null                   # it ended while the signal was handled: its own code
+    last=$?
+    [ "$last" -eq 127 ] || code=$last
+fi
 
 # Rank 0 has the last word, and it comes after the other pods' ranks have ended. None may count as done before that: the Job
 # would not start it again when rank 0 is. What is done stays done, whatever torchrun says of its own end.
