@@ -2,8 +2,8 @@
 
 python -m tests.cluster.kubernetes_pods        (as root; about three minutes on two cores)
 
-There is no Kubernetes here. What the rendered files say is done by hand: the ConfigMap is laid out as
-files, and each pod is a process id namespace of its own whose first process is tini, with the
+There is no Kubernetes here. What the rendered files say is done by hand: the ConfigMap is laid out
+as files, and each pod is a process id namespace of its own whose first process is tini, with the
 container's arguments and nothing in its environment but what the container's `env` and the Job
 controller give. MASTER_ADDR alone is another: pods have names, these have 127.0.0.1.
 """
