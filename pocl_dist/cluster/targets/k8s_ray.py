@@ -10,6 +10,7 @@ from pocl_dist.cluster.targets.k8s_pods import (
     metadata,
     pod_template,
 )
+from pocl_dist.distributed.ray_session import OBJECT_STORE_BYTES
 from pocl_dist.files import JSONValue
 
 SECONDS_KEPT = 300
@@ -36,6 +37,7 @@ def ray_job(plan: LaunchPlan, step: str, name: str, digest: str) -> Mapping:
         "requests": {"cpu": "500m", "memory": "1Gi"},
         "limits": {"cpu": "500m", "memory": "1Gi"},
     }
+    store: Mapping = {"object-store-memory": str(OBJECT_STORE_BYTES)}
     spec: Mapping = {
         "entrypoint": f"bash {SCRIPTS}/step.sh {step}",
         "submissionMode": "K8sJobMode",
@@ -52,7 +54,7 @@ def ray_job(plan: LaunchPlan, step: str, name: str, digest: str) -> Mapping:
             "headGroupSpec": {
                 # 0 CPUs: no actor runs on the head. Operator and submitter reach the job server
                 # over the network, so it cannot listen on loopback: token and policy guard it.
-                "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+                "rayStartParams": {**store, "num-cpus": "0", "dashboard-host": "0.0.0.0"},
                 "template": pod_template(plan, name, head),
             },
             "workerGroupSpecs": [
@@ -61,7 +63,7 @@ def ray_job(plan: LaunchPlan, step: str, name: str, digest: str) -> Mapping:
                     "replicas": plan.nodes,
                     "minReplicas": plan.nodes,
                     "maxReplicas": plan.nodes,
-                    "rayStartParams": {},
+                    "rayStartParams": dict(store),
                     "template": pod_template(plan, name, worker),
                 }
             ],
