@@ -309,6 +309,10 @@ def test_the_config_in_the_pods_names_the_ranks_and_the_cluster_that_is_there() 
         ([f"launch.name={'x' * 41}"], "at most 40"),
         (["run_dir=/home/me/run"], "run_dir: /home/me/run is outside of launch.k8s.mount_path"),
         (["run_dir=../run"], "run_dir: ../run is outside"),
+        (
+            ["run.scratch_dir=/local/nvme"],
+            "run.scratch_dir: /local/nvme cannot be written in a pod",
+        ),
         (["launch.folder=/scratch"], "launch.folder: /scratch is outside"),
         (["launch.master_address=node1"], "launch.master_address"),
         (["launch.k8s.memory=64 GB"], "launch.k8s.memory"),

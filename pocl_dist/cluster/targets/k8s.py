@@ -110,6 +110,14 @@ def _in_pods(plan: LaunchPlan) -> LaunchPlan:
                 f"{key}: {path} is outside of launch.k8s.mount_path {mount}: it would be lost "
                 "with the pod"
             )
+    scratch = plan.config.run.scratch_dir
+    writable = (mount, "/tmp", "/home/pocl", "/dev/shm")
+    if scratch is not None and not any(
+        PurePosixPath(folder, scratch).is_relative_to(place) for place in writable
+    ):
+        raise ConfigError(
+            f"run.scratch_dir: {scratch} cannot be written in a pod: under {', '.join(writable)} only"
+        )
     launch = launch.model_copy(update={"folder": folder})
     return replace(plan, config=plan.config.model_copy(update={"launch": launch}))
 
