@@ -116,7 +116,8 @@ def _in_pods(plan: LaunchPlan) -> LaunchPlan:
         PurePosixPath(folder, scratch).is_relative_to(place) for place in writable
     ):
         raise ConfigError(
-            f"run.scratch_dir: {scratch} cannot be written in a pod: under {', '.join(writable)} only"
+            f"run.scratch_dir: {scratch} cannot be written in a pod: only under "
+            f"{', '.join(writable)}"
         )
     launch = launch.model_copy(update={"folder": folder})
     return replace(plan, config=plan.config.model_copy(update={"launch": launch}))
