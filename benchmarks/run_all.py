@@ -141,8 +141,11 @@ BENCHMARKS = {
 }
 
 
-def run(name: str) -> None:
-    """Runs one script and keeps its last line, with the date and how long it took."""
+def run(name: str) -> str:
+    """Runs one script and keeps its last line, with the date and how long it took.
+
+    Returns why there is none, or nothing: the others' hour is not to be lost.
+    """
     benchmark = BENCHMARKS[name]
     print(f"== {name}: {benchmark.command}", flush=True)
     started = time.monotonic()
@@ -154,12 +157,13 @@ def run(name: str) -> None:
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        sys.exit(f"{name}: exit code {done.returncode}\n{done.stdout[-2000:]}")
+        return f"{name}: exit code {done.returncode}\n{done.stdout[-2000:]}"
     answer = json.loads(lines[-1])
     answer["_date"] = datetime.date.today().isoformat()
     answer["_minutes"] = (time.monotonic() - started) / 60
     RAW.mkdir(parents=True, exist_ok=True)
     (RAW / f"{name}.json").write_text(json.dumps(answer, indent=1))
+    return ""
 
 
 def section(name: str) -> str:
@@ -206,10 +210,13 @@ def main() -> None:
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
-    sections = kept_sections()
+    sections, failures = kept_sections(), []
     for name in names:
-        run(name)
-        sections[name] = section(name)
+        failure = run(name)
+        if failure:
+            failures.append(failure)
+        else:
+            sections[name] = section(name)
     head = (
         "# Benchmarks\n\nWritten by `make bench`; every figure is a ratio of two sides that ran in "
         "the same invocation, or stands beside the raw figures it comes from.\n"
@@ -220,6 +227,8 @@ def main() -> None:
         )
     )
     print(f"wrote {RESULTS}")
+    if failures:
+        sys.exit("\n".join(["FAILED; these sections are as they were:", *failures]))
 
 
 if __name__ == "__main__":

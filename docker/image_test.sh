@@ -15,6 +15,9 @@ FOLDER=$(realpath -m "${FOLDER:-build/image}")
 WORK=$FOLDER/work
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 1700000000)}
 
+revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+version=$("$PYTHON" -c 'import re; print(re.search(r"__version__ = \"(.+)\"", open("pocl_dist/__init__.py").read())[1])')
+
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
 buildah_here() { buildah --root "$WORK/store" --runroot "$WORK/run" --storage-driver overlay "$@"; }
@@ -39,8 +42,7 @@ build() {  # TAG: prints the digest
     buildah_here bud -q --signature-policy "$WORK/policy.json" --isolation chroot --format docker --pull-never --no-cache \
         --timestamp "$SOURCE_DATE_EPOCH" --build-arg BASE=localhost/base:bookworm --build-arg PIP_NO_INDEX=1 \
         --build-arg PIP_FIND_LINKS=/wheels -v "$FOLDER/wheels:/wheels:ro" \
-        --build-arg "VERSION=$("$PYTHON" setup.py --version 2>/dev/null | tail -n 1)" \
-        --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+        --build-arg "VERSION=$version" --build-arg "REVISION=$revision" \
         -f docker/Dockerfile.cpu -t "localhost/pocl-dist:$1" . >"$WORK/build-$1.log" 2>&1 || { tail -n 30 "$WORK/build-$1.log"; exit 1; }
     buildah_here inspect --type image --format '{{.FromImageDigest}}' "localhost/pocl-dist:$1"
 }

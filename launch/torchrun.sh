@@ -31,7 +31,7 @@ options=()
 # Newer PyTorch passes more signals on to the ranks, and leaves them the time to save.
 run_file=$("$PYTHON" -c 'from importlib.util import find_spec; print(find_spec("torch").submodule_search_locations[0])')/distributed/run.py
 if grep -q -e '--signals-to-handle' "$run_file"; then
-    options+=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+    options+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 fi
 if grep -q -e '--shutdown-timeout' "$run_file"; then
     options+=(--shutdown-timeout "$((GRACE_SECONDS > 20 ? GRACE_SECONDS - 10 : 10))")

@@ -12,7 +12,6 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,11 +70,14 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     return tuple(hosts)
 
 
-def chosen_hosts(launch: LaunchConfig) -> tuple[Host, ...]:
-    """Returns the first `launch.nodes` hosts; ConfigError (64) when there are less, or of slots."""
+def chosen_hosts(launch: LaunchConfig, folder: Path | None = None) -> tuple[Host, ...]:
+    """Returns the first `launch.nodes` hosts; ConfigError (64) when there are less, or of slots.
+
+    `folder`: what relative paths count from; None: where this process is.
+    """
     if launch.hostfile is None:
         raise ConfigError("launch.hostfile: is required with launch.ranks_with 'deepspeed'")
-    hosts = read_hostfile(Path(launch.hostfile))
+    hosts = read_hostfile((folder or Path.cwd()) / launch.hostfile)
     if len(hosts) < launch.nodes:
         raise ConfigError(
             f"launch.nodes: {launch.nodes}, but {launch.hostfile} names {len(hosts)} host(s): "
@@ -105,16 +107,19 @@ def ssh_options(launch: LaunchConfig) -> list[str]:
     return words if launch.ssh_config is None else [*words, "-F", launch.ssh_config]
 
 
-def check_hosts(hosts: Sequence[Host], launch: LaunchConfig) -> None:
+def check_hosts(
+    hosts: Sequence[Host], launch: LaunchConfig, python: str, where: Path | None = None
+) -> None:
     """Raises an error for the first host that ranks could not be started on.
 
     UnavailableError (69): not reachable, asks for a password, or the port of rank 0 is taken on
-    the first one. MissingInputError (66): this folder or this interpreter is not there.
+    the first one. MissingInputError (66): the folder `where` (None: that of this process) or the
+    interpreter is not there.
     """
-    folder, python = str(Path.cwd()), sys.executable
+    folder = str(where or Path.cwd())
     ask = (
         f"cd {shlex.quote(folder)} || exit {_NO_FOLDER}; "
-        f"[ -x {shlex.quote(python)} ] || exit {_NO_PYTHON}"
+        f"command -v {shlex.quote(python)} >/dev/null || exit {_NO_PYTHON}"
     )
     first = f"{ask}; {shlex.quote(python)} -c {shlex.quote(_BIND)} {launch.master_port}"
     questions = [f"{first} || exit {_PORT_IN_USE}", *[ask] * (len(hosts) - 1)]

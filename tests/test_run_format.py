@@ -12,7 +12,7 @@ from pocl_dist.errors import ConfigError, MismatchError
 from pocl_dist.files import atomic_write_text, digest_of, json_text, read_json
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_format import check_run_directory
-from pocl_dist.pipeline.versions import versions
+from pocl_dist.versions import versions
 from tests.test_bad_input import Command, command, config  # noqa: F401  (fixtures)
 
 

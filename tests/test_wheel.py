@@ -56,9 +56,13 @@ def run(unpacked: Path, folder: Path, *words: str) -> str:
 def test_the_wheel_holds_configs_launch_files_rows_and_models(unpacked: Path) -> None:
     package = unpacked / "pocl_dist"
     for name in ("configs", "launch"):
-        shipped = {path.name for path in (package / name).iterdir() if path.name != "__init__.py"}
-        here = {path.name for path in (REPOSITORY / name).iterdir() if path.is_file()}
-        assert here - {"__init__.py"} <= shipped
+        shipped = {path.relative_to(package / name) for path in (package / name).rglob("*")}
+        here = {
+            path.relative_to(REPOSITORY / name)
+            for path in (REPOSITORY / name).rglob("*")
+            if path.is_file()
+        }
+        assert here <= shipped
     for model in ("teacher", "student"):
         files = {path.name for path in (package / "bundled" / model).iterdir()}
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= files

@@ -21,6 +21,7 @@ has_asked=
 word() { cksum "$RUN_DIR/status.json" 2>/dev/null; }
 before=$(word)
 
+# shellcheck disable=SC2317,SC2329  # called by the trap
 ask_to_stop() {
     has_asked=yes
     mkdir -p "$(dirname "$stop_file")"

@@ -19,7 +19,9 @@ export NODE_RANK=$1
 says() { grep -q "\"$1\": \"$2\"" "$RUN_DIR/status.json" 2>/dev/null; }
 num_quiet=0
 has_joined=
+echo "other_node.sh: node $NODE_RANK waits for the first node to come to @ranks_steps:words@ in $RUN_DIR"
 while :; do
+    # shellcheck disable=SC2043  # a list, once it is filled
     for step in @ranks_steps:words@; do
         if says state running && says phase "$step"; then
             has_joined=yes num_quiet=0
@@ -28,7 +30,7 @@ while :; do
     done
     says state running || num_quiet=$((num_quiet + 1))
     # After the ranks were lost the first node may start them again; this is how long that takes at most.
-    if { [ -n "$has_joined" ] && [ "$num_quiet" -ge 12 ]; } || { says phase report && says state done; }; then
+    if { [ -n "$has_joined" ] && [ "$num_quiet" -ge 12 ]; } || { says phase run && says state "done"; }; then
         exec "$PYTHON" -m pocl_dist outcome "$RUN_DIR"
     fi
     sleep 5

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -17,12 +17,13 @@ from pocl_dist.difficulty.work import WorkBatch, WorkShard
 from pocl_dist.distributed.process_group import torch_dtype
 from pocl_dist.distributed.row_isolation import work_by_halves
 from pocl_dist.errors import MismatchError
-from pocl_dist.files import make_private
+from pocl_dist.files import JSONValue, make_private
 from pocl_dist.models.generation import Sampling, generate_answers, mean_cross_entropies
 from pocl_dist.models.greedy import AnsweredRow, answer_and_score
 from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.sources import ModelFolder, model_digest
 from pocl_dist.records import DifficultyRecord, RowFailure
+from pocl_dist.versions import check_same_versions, versions
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ class WorkerSettings:
     sampling: Sampling
     num_threads: int
     dtype_name: str | None = None  # engine.dtype
+    versions: Mapping[str, JSONValue] = field(default_factory=versions)  # of who started the pass
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class ModelWorker:
         Not in `__init__`: an error there reaches the driver without its class.
         """
         make_private()
+        check_same_versions(self.settings.versions)
         self._check_model()
         torch.set_num_threads(self.settings.num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

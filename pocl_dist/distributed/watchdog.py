@@ -226,8 +226,12 @@ class Watchdog:
                 for row in busy
             )
         else:
+            # On several hosts: the link of one, if the files of all can still be read.
+            is_one_host = len({row["host"] for row in rows}) == 1
             named = "all ranks wait in a collective: " + "; ".join(
-                f"rank {row['rank']} at {row['place']} after step {row['step']}" for row in rows
+                f"rank {row['rank']}{'' if is_one_host else ' on ' + str(row['host'])} "
+                f"at {row['place']} after step {row['step']}"
+                for row in rows
             )
         return f"{named}; {seconds}; {stacks}"
 

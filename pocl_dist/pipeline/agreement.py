@@ -13,7 +13,7 @@ from pocl_dist.distributed.process_group import Rank
 from pocl_dist.errors import MismatchError
 from pocl_dist.files import JSONValue, digest_of
 from pocl_dist.guards import shown
-from pocl_dist.pipeline.versions import versions
+from pocl_dist.versions import versions
 
 MOST_SHOWN = 4  # differences of a host; who has another environment has many
 

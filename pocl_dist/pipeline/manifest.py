@@ -23,12 +23,12 @@ from pocl_dist.files import (
     read_json,
     sha256_file,
 )
-from pocl_dist.pipeline.versions import RUN_FORMAT, versions
+from pocl_dist.versions import RUN_FORMAT, versions
 
 MANIFEST_NAME = "manifest.json"
 SEAL_NAME = "manifest.json.sha256"
 # `status.json` has a digest of its own; lock and requests are gone when a run has ended.
-UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control")
+UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control", "launch")
 
 
 def walk(folder: Path, on_error: Callable[[OSError], None]) -> Iterator[tuple[str, os.stat_result]]:

@@ -24,7 +24,7 @@ def check_can_start(config: Config) -> None:
         return
     check_fits(config)
     if launch.ranks_with == "deepspeed":
-        check_hosts(chosen_hosts(launch), launch)
+        check_hosts(chosen_hosts(launch), launch, sys.executable)
     elif launch.ranks_with == "torchrun":
         check_port_here(launch.master_port)
 

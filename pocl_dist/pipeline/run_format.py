@@ -11,7 +11,7 @@ from pocl_dist.errors import ConfigError, MismatchError
 from pocl_dist.files import TEMPORARY, JSONValue, read_json
 from pocl_dist.pipeline.progress import warn
 from pocl_dist.pipeline.status_file import read_status
-from pocl_dist.pipeline.versions import RUN_FORMAT, versions
+from pocl_dist.versions import RUN_FORMAT, versions
 
 FILES = (
     "status.json",
@@ -20,6 +20,7 @@ FILES = (
     "manifest.json.sha256",
     "lock",
     "control/*",
+    "launch/*",
     "timings.json",
     "models.json",
     "quarantine.jsonl",

@@ -13,7 +13,7 @@ from typing import cast
 
 from pocl_dist.errors import MismatchError, MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of, json_text
-from pocl_dist.pipeline.versions import RUN_FORMAT, versions
+from pocl_dist.versions import RUN_FORMAT, versions
 
 
 def write_status_file(path: Path, value: Mapping[str, JSONValue]) -> None:

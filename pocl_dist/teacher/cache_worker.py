@@ -6,8 +6,8 @@ Hidden states are too large for Ray's object store; the driver gets the JSON abo
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from pocl_dist.data.encoding import collate
 from pocl_dist.distributed.process_group import torch_dtype
 from pocl_dist.distributed.row_isolation import work_by_halves
 from pocl_dist.errors import ConfigError, MismatchError
-from pocl_dist.files import make_private
+from pocl_dist.files import JSONValue, make_private
 from pocl_dist.models.heads import backbone_module, check_head, hidden_states, lm_head
 from pocl_dist.models.loading import load_model
 from pocl_dist.models.sources import ModelFolder, model_digest
@@ -25,6 +25,7 @@ from pocl_dist.records import IGNORE_INDEX, Batch, RowFailure, TeacherOutput
 from pocl_dist.teacher.cache_files import HEAD, CacheEntry
 from pocl_dist.teacher.cache_work import CacheShard
 from pocl_dist.teacher.cache_writer import CacheContent, ShardWriter, write_head
+from pocl_dist.versions import check_same_versions, versions
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class CacheSettings:
     num_threads: int
     dtype_name: str | None  # engine.dtype
     num_devices: int  # teacher.devices_per_actor
+    versions: Mapping[str, JSONValue] = field(default_factory=versions)  # of who started the pass
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class CacheWorker:
         """Loads the teacher in `engine.dtype`; returns the device that takes the token ids."""
         make_private()
         settings = self.settings
+        check_same_versions(settings.versions)
         if model_digest(settings.model) != settings.model_digest:
             raise MismatchError(
                 f"{settings.model.origin}: the weights in {settings.model.folder} on "

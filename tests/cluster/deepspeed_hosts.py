@@ -24,46 +24,54 @@ DEAD_LINK_SECONDS = 6
 # Watchdog and its last words, the group's own limit behind it, a look at the hosts.
 ENDS_WITHIN_SECONDS = TIMEOUT_SECONDS * 1.5 + 30 + 30
 CUT_AFTER_STEP = 12
+OVER_SSH = "launch.ranks_with=deepspeed"
 
 
 class Job:
-    """One `pocl-dist distill` on the head, over the hosts."""
+    """One run over the hosts."""
 
     def __init__(self, hosts: Hosts, folder: Path, run: str, *words: str) -> None:
+        self.hosts = hosts
         self.run = folder / run
         self.log = folder / f"{run}.log"
         overrides = {
             "run_dir": self.run,
             "data.limit": 96,
             "data.dev": "null",
+            "data.eval": "[]",
             "curriculum.num_stages": 2,
             "curriculum.visits_per_example": 4,
             "curriculum.ordering": "shuffled",
             "checkpoint.every": 5,
-            "checkpoint.keep_last": 50,
             "engine.timeout_seconds": TIMEOUT_SECONDS,
-            "launch.ranks_with": "deepspeed",
             "launch.nodes": 2,
             "launch.gpus_per_node": 0,
             "launch.hostfile": folder / "hostfile",
             "launch.ssh_port": SSH_PORT,
             "launch.ssh_config": hosts.ssh_config,
             "launch.dead_link_seconds": DEAD_LINK_SECONDS,
+            "launch.master_address": "h1",
+            "launch.python": sys.executable,
             "launch.environment": "{GLOO_SOCKET_IFNAME: eth0}",
         }
         self.words = ["tiny_cpu.yaml", *(f"{key}={value}" for key, value in overrides.items())]
         self.words += words
-        self.hosts = hosts
 
-    def start(self, step: str) -> subprocess.Popen[bytes]:
-        """Starts a step on the head."""
-        words = [sys.executable, "-m", "pocl_dist", step, *self.words]
-        paths = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-        return self.hosts.start(self.hosts.head, words, self.log, paths, self.log.parent)
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        """Starts a pocl-dist command with the job's config on the head."""
+        return self.start_on(
+            self.hosts.head, sys.executable, "-m", "pocl_dist", *words, *self.words
+        )
 
-    def ends(self, step: str, seconds: float = 300) -> int:
-        """Runs a step to its end; returns its exit code."""
-        return self.start(step).wait(seconds)
+    def start_on(self, host: str, *words: str, code: str = "") -> subprocess.Popen[bytes]:
+        """Starts a command on a host; `code`: a folder with another copy of the package."""
+        package = self.log.parent / code if code else REPOSITORY
+        paths = {"PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}
+        return self.hosts.start(host, words, self.log, paths, self.log.parent)
+
+    def ends(self, *words: str, seconds: float = 300) -> int:
+        """Runs a pocl-dist command to its end; returns its exit code."""
+        return self.start(*words).wait(seconds)
 
     def said(self) -> str:
         """Returns the log."""
@@ -72,7 +80,11 @@ class Job:
     def losses(self) -> dict[int, float]:
         """Returns the loss of each step; the last time it was taken counts."""
         rows = read_json_lines(self.run / "metrics.jsonl")
-        return {int(row["step"]): float(row["loss"]) for row in rows if row["kind"] == "step"}  # type: ignore[arg-type]
+        return {int(str(row["step"])): float(str(row["loss"])) for row in rows if "loss" in row}
+
+    def weights(self) -> str:
+        """Returns the digest of the exported weights."""
+        return sha256_file(self.run / "export" / "model.safetensors")
 
 
 def check(is_true: object, line: str) -> None:
@@ -89,7 +101,7 @@ def refusals(hosts: Hosts, folder: Path) -> None:
         job = Job(hosts, folder, "refused", *overrides)
         job.log.unlink(missing_ok=True)
         started = time.monotonic()
-        found = job.ends("distill", 60)
+        found = job.ends("distill", OVER_SSH, seconds=60)
         told = job.said().strip().splitlines()
         line = told[-1] if told else ""
         seconds = time.monotonic() - started
@@ -113,22 +125,81 @@ def refusals(hosts: Hosts, folder: Path) -> None:
     listener.wait()
 
 
-def uninterrupted(hosts: Hosts, folder: Path) -> Job:
-    """Returns a job that was left alone."""
+def submitted(hosts: Hosts, folder: Path) -> Job:
+    """Returns a run that `pocl-dist launch --target deepspeed` started, and nobody disturbed."""
     job = Job(hosts, folder, "whole")
     started = time.monotonic()
+    check(job.ends("launch", "--target", "deepspeed") == 0, "pocl-dist launch has submitted")
+    pid = int(job.said().splitlines()[0])
+    while _is_alive(pid):
+        time.sleep(0.2)
+    status = read_json(job.run / "status.json")
+    if status["exit_code"] != 0:
+        print((job.run / "launch" / "head.log").read_text()[-5000:])
     check(
-        job.ends("distill") == 0,
-        f"two hosts, uninterrupted: {len(job.losses())} steps in "
+        status["exit_code"] == 0 and status["phase"] == "run",
+        f"deepspeed over two hosts, as process {pid}: {len(job.losses())} steps in "
         f"{time.monotonic() - started:.0f} s",
     )
     return job
 
 
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def by_hand(hosts: Hosts, folder: Path, whole: Job) -> None:
+    """What `launch --target torchrun` renders, started on each host."""
+    job = Job(hosts, folder, "by_hand")
+    files = folder / "by_hand_files"
+    check(job.ends("launch", "--target", "torchrun", "--render", str(files)) == 0, "rendered")
+    started = time.monotonic()
+    other = job.start_on("h2", "bash", str(files / "other_node.sh"), "1")
+    first = job.start_on("h1", "bash", str(files / "first_node.sh"))
+    codes = [first.wait(300), other.wait(120)]
+    if any(codes):
+        print(job.said()[-5000:])
+    check(codes == [0, 0], f"torchrun on two hosts by hand: {time.monotonic() - started:.0f} s")
+    same_as(job, whole)
+
+
+def strays(hosts: Hosts, folder: Path) -> None:
+    """A host with other code and another config is refused by name, before a model is loaded."""
+    job = Job(hosts, folder, "strays")
+    files, stray = folder / "stray_files", folder / "stray_files_h2"
+    check(job.ends("launch", "--target", "torchrun", "--render", str(files)) == 0, "rendered")
+    shutil.copytree(files, stray)
+    text = (stray / "config.yaml").read_text()
+    (stray / "config.yaml").write_text(text.replace("micro_batch_size: 8", "micro_batch_size: 4"))
+    shutil.copytree(REPOSITORY / "pocl_dist", folder / "other_code" / "pocl_dist")
+    with (folder / "other_code" / "pocl_dist" / "errors.py").open("a") as file:
+        file.write("# an edit on one host only\n")
+    other = job.start_on("h2", "bash", str(stray / "other_node.sh"), "1", code="other_code")
+    first = job.start_on("h1", "bash", str(files / "first_node.sh"))
+    code = first.wait(120)
+    other.terminate()
+    other.wait(60)
+    reason = str(read_json(job.run / "status.json")["reason"])
+    is_named = "host h2: code sha256" in reason and "engine.micro_batch_size is 4, not 8" in reason
+    check(code == 78 and is_named, f"{code}: {reason.splitlines()[-1]}")
+    check(not (job.run / "checkpoints").exists(), "nothing was trained")
+
+
+def same_as(job: Job, whole: Job) -> None:
+    """Losses and weights of two runs are equal, to the last bit."""
+    check(job.losses() == whole.losses(), f"the losses of {len(whole.losses())} steps are equal")
+    pair = [job.weights(), whole.weights()]
+    check(pair[0] == pair[1], f"the exported weights are equal, sha256 {pair[0][:12]}")
+
+
 def cut_off(hosts: Hosts, folder: Path) -> Job:
     """Returns a job that lost a host in the middle and ended as promised."""
     job = Job(hosts, folder, "cut")
-    process = job.start("distill")
+    check(job.ends("plan") == 0, "planned")
+    process = job.start("distill", OVER_SSH)
     while not any(step >= CUT_AFTER_STEP for step in job.losses()):
         if process.poll() is not None:
             print(job.said())
@@ -158,10 +229,14 @@ def cut_off(hosts: Hosts, folder: Path) -> Job:
 def resumes(hosts: Hosts, job: Job, whole: Job) -> None:
     """The same command goes on to the end of the run that was left alone."""
     hosts.mend("h2")
-    check(job.ends("distill") == 0, "the same command resumed")
-    check(job.losses() == whole.losses(), f"the losses of {len(whole.losses())} steps are equal")
-    weights = [sha256_file(each.run / "export" / "model.safetensors") for each in (job, whole)]
-    check(weights[0] == weights[1], f"the exported weights are equal, sha256 {weights[0][:12]}")
+    started = time.monotonic()
+    if job.ends("distill", OVER_SSH) != 0:
+        print(job.said()[-5000:])
+    check(
+        read_json(job.run / "status.json")["exit_code"] == 0,
+        f"the same command resumed, {time.monotonic() - started:.0f} s",
+    )
+    same_as(job, whole)
 
 
 def main() -> int:
@@ -176,12 +251,10 @@ def main() -> int:
     with Hosts(folder) as hosts:
         (folder / "hostfile").write_text("h1 slots=1\nh2 slots=1\n")
         refusals(hosts, folder)
-        whole = Job(hosts, folder, "whole")
-        check(whole.ends("plan") == 0, "planned")
-        whole = uninterrupted(hosts, folder)
-        check(Job(hosts, folder, "cut").ends("plan") == 0, "planned again")
-        job = cut_off(hosts, folder)
-        resumes(hosts, job, whole)
+        whole = submitted(hosts, folder)
+        strays(hosts, folder)
+        by_hand(hosts, folder, whole)
+        resumes(hosts, cut_off(hosts, folder), whole)
     print(f"all shown in {time.monotonic() - started:.0f} s")
     shutil.rmtree(folder)
     return 0

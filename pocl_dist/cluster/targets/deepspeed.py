@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 from pocl_dist.cluster.common_files import common_files
 from pocl_dist.cluster.launch_plan import LaunchPlan
 from pocl_dist.cluster.templates import fill
 from pocl_dist.errors import ConfigError
+from pocl_dist.hosts import check_hosts, chosen_hosts
 
 LOG = "head.log"
 
@@ -26,7 +28,15 @@ def render(plan: LaunchPlan) -> dict[str, str]:
 
 
 def submit(plan: LaunchPlan, folder: Path) -> str:
-    """Starts `head.sh` on this machine, apart from the terminal; returns where to look."""
+    """Starts `head.sh` on this machine, apart from the terminal; returns where to look.
+
+    Raises what `pocl_dist.hosts` finds wrong with the hosts before anything is started.
+    """
+    where = Path.cwd() / (plan.config.launch.folder or "")
+    hosts = chosen_hosts(plan.config.launch, where)
+    # A bare name means what `launch.setup` makes of it; the ranks are asked again by the run.
+    named = plan.config.launch.python
+    check_hosts(hosts, plan.config.launch, named if "/" in named else sys.executable, where)
     with (folder / LOG).open("ab") as log:
         process = subprocess.Popen(
             ["bash", str(folder / "head.sh")],

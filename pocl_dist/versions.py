@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pocl_dist import __version__
+from pocl_dist.errors import MismatchError
 from pocl_dist.files import JSONValue, digest_of, sha256_file
 
 RUN_FORMAT = 2
@@ -18,7 +21,7 @@ _PACKAGES = ("torch", "transformers", "deepspeed", "ray", "safetensors", "tokeni
 @cache
 def versions() -> dict[str, JSONValue]:
     """Returns what computes a run: version and digest of this code, versions of its packages."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parent
     files: dict[str, JSONValue] = {
         file.relative_to(package).as_posix(): sha256_file(file)
         for file in sorted(package.rglob("*.py"))
@@ -30,3 +33,15 @@ def versions() -> dict[str, JSONValue]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def check_same_versions(expected: Mapping[str, JSONValue]) -> None:
+    """Raises MismatchError (78), naming this host, when it runs other code or packages."""
+    found = versions()
+    differing = [
+        f"{name} is {found.get(name)}, not {expected[name]} as where the pass was started"
+        for name in expected
+        if found.get(name) != expected[name]
+    ]
+    if differing:
+        raise MismatchError(f"host {socket.gethostname()}: {', '.join(differing)}")
