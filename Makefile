@@ -56,7 +56,6 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
-	$(BIN)/shellcheck docker/*.sh
 
 types: $(STAMP)
 	$(BIN)/mypy
