@@ -68,7 +68,7 @@ trap clean_up EXIT
 echo '{"default":[{"type":"insecureAcceptAnything"}]}' >"$WORK/policy.json"
 
 say "wheels of docker/requirements.cpu.txt"
-"$PYTHON" -m pip download -q --disable-pip-version-check --no-build-isolation --no-deps --require-hashes \
+"$PYTHON" -m pip download -qq --disable-pip-version-check --no-build-isolation --no-deps --require-hashes \
     -r docker/requirements.cpu.txt -d "$FOLDER/wheels"
 say "a Debian base by debootstrap"
 make_base
