@@ -43,7 +43,7 @@ build() {  # TAG: prints the digest
         --timestamp "$SOURCE_DATE_EPOCH" --build-arg BASE=localhost/base:bookworm --build-arg PIP_NO_INDEX=1 \
         --build-arg PIP_FIND_LINKS=/wheels -v "$FOLDER/wheels:/wheels:ro" \
         --build-arg "VERSION=$version" --build-arg "REVISION=$revision" \
-        -f docker/Dockerfile.cpu -t "localhost/pocl-dist:$1" . >"$WORK/build-$1.log" 2>&1 || { tail -n 30 "$WORK/build-$1.log"; exit 1; }
+        -f docker/Dockerfile.cpu -t "localhost/pocl-dist:$1" . >"$FOLDER/build-$1.log" 2>&1 || { tail -n 30 "$FOLDER/build-$1.log" >&2; exit 1; }
     buildah_here inspect --type image --format '{{.FromImageDigest}}' "localhost/pocl-dist:$1"
 }
 
