@@ -39,7 +39,7 @@ make_base() {
 }
 
 build() {  # TAG: prints the digest
-    buildah_here bud -q --signature-policy "$WORK/policy.json" --isolation chroot --format docker --pull-never --no-cache \
+    buildah_here bud --signature-policy "$WORK/policy.json" --isolation chroot --format docker --pull-never --no-cache \
         --timestamp "$SOURCE_DATE_EPOCH" --build-arg BASE=localhost/base:bookworm --build-arg PIP_NO_INDEX=1 \
         --build-arg PIP_FIND_LINKS=/wheels -v "$FOLDER/wheels:/wheels:ro" \
         --build-arg "VERSION=$version" --build-arg "REVISION=$revision" \
