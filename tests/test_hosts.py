@@ -96,6 +96,15 @@ def test_machines_that_do_not_fit_start_nothing(tmp_path: Path) -> None:
         )
 
 
+def test_several_nodes_are_not_trained_on_one_in_silence(tmp_path: Path) -> None:
+    config = load_config([_config(tmp_path, nodes=2)])
+    alone = config.model_copy(
+        update={"engine": config.engine.model_copy(update={"world_size": None})}
+    )
+    with pytest.raises(ConfigError, match=r"launch\.nodes: 2, .*this machine only"):
+        check_can_start(alone)
+
+
 def test_a_file_of_launch_gets_the_variables_that_its_head_names(tmp_path: Path) -> None:
     path = _config(
         tmp_path,

@@ -78,17 +78,22 @@ def _token_file() -> Path:
 
 
 @cache
-def _reaper() -> subprocess.Popen[bytes] | None:
-    """Returns the process that cleans up after this one; it waits for the end of its own input."""
+def _start_reaper() -> subprocess.Popen[bytes] | None:
+    """Starts the process that cleans up after this one: its input ends when this process is gone.
+
+    The pipe is a bare number: Python would close a file while this process still shuts down.
+    """
     if not Path("/proc/self/fd").exists():
         return None
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", ray_reaper.__file__, str(_private_folder())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C and the end of the driver's group are not its end
-    )
+    its_end, _ = os.pipe()
+    with os.fdopen(its_end, "rb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", ray_reaper.__file__, str(_private_folder())],
+            stdin=stream,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C and the end of the driver's group are not its end
+        )
 
 
 @contextlib.contextmanager
@@ -125,7 +130,7 @@ def _initialise(what: str, **options: object) -> None:
 
 
 def _start_local(config: RayConfig) -> None:
-    _reaper()
+    _start_reaper()
     # With more actors asked for than there are CPUs, Ray would wait for CPUs for ever.
     num_cpus = None if config.num_actors is None else config.num_actors * config.cpus_per_actor
     _initialise(

@@ -64,10 +64,9 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     check_top_k(config, len(encoder_tokenizer))
     encoder = make_encoder(config, encoder_tokenizer)
     encoder.encode(train.examples[0])  # the template must leave room for a prompt
+    check_can_start(config)
     if config.launch.ranks_with == "local":
         _check_ranks(config)
-    else:
-        check_can_start(config)
 
 
 def _check_positions(config: Config, positions: int | None, key: str) -> None:

@@ -8,7 +8,7 @@ import sys
 from pocl_dist.config import Config
 from pocl_dist.config.launch_checks import check_fits
 from pocl_dist.config.shipped import PACKAGE
-from pocl_dist.errors import WorkerError
+from pocl_dist.errors import ConfigError, WorkerError
 from pocl_dist.hosts import check_hosts, check_port_here, chosen_hosts, unreachable
 
 
@@ -21,6 +21,11 @@ def check_can_start(config: Config) -> None:
     """
     launch = config.launch
     if launch.ranks_with == "local":
+        if launch.nodes > 1 and config.engine.world_size is None:
+            raise ConfigError(
+                f"launch.nodes: {launch.nodes}, but launch.ranks_with 'local' starts ranks on this "
+                "machine only; choose another, or `pocl-dist launch` for a job over the nodes"
+            )
         return
     check_fits(config)
     if launch.ranks_with == "deepspeed":
@@ -35,7 +40,7 @@ def name_lost_hosts(config: Config, error: WorkerError) -> WorkerError:
     if launch.ranks_with != "deepspeed":
         return error
     lost = unreachable(chosen_hosts(launch), launch)
-    return WorkerError(f"{error}; not reachable any more: {', '.join(lost)}") if lost else error
+    return WorkerError(f"not reachable any more: {', '.join(lost)}; {error}") if lost else error
 
 
 def launch_environment(config: Config, step: str) -> dict[str, str]:

@@ -63,8 +63,8 @@ def copy_to_node(folder: Path, scratch: Path, rank: Rank) -> Path:
     absent = [entry.name for entry in entries if not tensor_file(target, entry.name).exists()]
     if absent:  # the same on all ranks of the node, and a launcher treats its nodes alike
         raise StorageError(
-            f"run.scratch_dir: rank {rank.index} does not see {len(absent)} of {len(entries)} files "
-            f"in {target}: LOCAL_RANK and LOCAL_WORLD_SIZE are not those of the ranks of a node"
+            f"run.scratch_dir: rank {rank.index} lacks {len(absent)} of {len(entries)} files in "
+            f"{target}: LOCAL_RANK and LOCAL_WORLD_SIZE are not those of the ranks of a node"
         )
     return target
 

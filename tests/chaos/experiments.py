@@ -1,4 +1,4 @@
-"""The experiments by name, in the order in which they run."""
+"""The experiments by name, in the order in which they run: the whole command first."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ from tests.chaos.lab import Lab
 from tests.chaos.result import Result
 
 EXPERIMENTS: dict[str, Callable[[Lab], Result]] = {
+    "kill_run": kill_run.run,
+    "two_jobs": two_jobs.run,
+    "flipped_bits": flipped_bits.run,
+    "stop_phases": stop_phases.run,
+    "kill_passes": kill_passes.run,
+    "kill_driver": kill_driver.run,
     "kill_training": kill_training.run,
     "damage": damage.run,
     "write_order": write_order.run,
@@ -42,10 +48,4 @@ EXPERIMENTS: dict[str, Callable[[Lab], Result]] = {
     "coordinator_model": coordinator_model.run,
     "hostile": hostile.run,
     "mutants": mutants.run,
-    "kill_driver": kill_driver.run,
-    "kill_run": kill_run.run,
-    "two_jobs": two_jobs.run,
-    "flipped_bits": flipped_bits.run,
-    "stop_phases": stop_phases.run,
-    "kill_passes": kill_passes.run,
 }

@@ -58,7 +58,7 @@ MUTANTS = (
     Mutant(
         "no fence before the commit", "pipeline/run_lock.py",
         ((r"if _number\(held\) != int\(own\):", "if False:"),),
-        (*_CHAOS, "fenced_writer"),
+        (*_PYTEST, "tests/test_run_lock.py"),
     ),
     Mutant(
         "no lock", "pipeline/run_lock.py",

@@ -220,7 +220,7 @@ def cut_off(hosts: Hosts, folder: Path) -> Job:
         seconds <= ENDS_WITHIN_SECONDS,
         f"ended {seconds:.1f} s after the cut, promised {ENDS_WITHIN_SECONDS:.0f} s",
     )
-    check("h2" in str(status["reason"]), f"named: {status['reason']}")
+    check("not reachable any more: h2" in str(status["reason"]), f"named: {status['reason']}")
     left = hosts.wait_until_quiet(["ctl", "h1", "h2"], 60)
     check(not left, f"no process is left on any host {left or ''}")
     return job
