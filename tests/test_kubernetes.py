@@ -56,7 +56,11 @@ def files_of(run: str, *more: str) -> dict[str, str]:
 
 def objects_of(run: str) -> list[dict[str, Any]]:
     """Returns all objects in the rendered YAML files."""
-    texts = [text for name, text in files_of(run).items() if name.endswith(".yaml")]
+    texts = [
+        text
+        for name, text in files_of(run).items()
+        if name.endswith(".yaml") and name != "config.yaml"
+    ]
     return [found for text in texts for found in yaml.safe_load_all(text)]
 
 

@@ -23,6 +23,16 @@ REPOSITORY = Path(__file__).parents[1]
 SHAPE = ["launch.nodes=2", "launch.gpus_per_node=0", "launch.ranks_per_node=1"]
 # What the targets ask for beyond the shape; all is of the cluster, nothing of this machine.
 NEEDED = ["launch.hostfile=/cluster/hosts", "launch.master_address=node1"]
+# As many ranks, but on one node of a cluster that is there.
+OF_TARGET = {
+    "ray": ["launch.nodes=1", "launch.ranks_per_node=2"],
+    "k8s": [
+        "launch.master_address=null",
+        "launch.k8s.image=registry.example/pocl-dist:1.0",
+        "launch.k8s.claim=shared",
+        "launch.k8s.mount_path=/nowhere",
+    ],
+}
 NOWHERE = ["data.train=/nowhere/train.jsonl", "models.teacher.path=/nowhere/teacher"]
 
 
@@ -34,18 +44,21 @@ def plan_of(*words: str) -> LaunchPlan:
 def test_what_is_rendered_is_filled_and_its_config_is_the_one_that_was_given(
     target: str, tmp_path: Path
 ) -> None:
-    plan = plan_of("seed=7")
+    plan = plan_of("seed=7", *OF_TARGET.get(target, []))
     files = find_target(target).render(plan)
     assert not [name for name, text in files.items() if re.search(r"@[a-z_]+:[a-z]+@", text)]
     (tmp_path / "config.yaml").write_text(files["config.yaml"])
     config = load_config([tmp_path / "config.yaml"])
-    assert (config.seed, config.launch.nodes, config.engine.world_size) == (7, 2, 2)
+    assert (config.seed, config.launch.nodes, config.engine.world_size) == (7, plan.nodes, 2)
     assert steps_of(config) == list(plan.steps)
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_rendering_is_a_function_of_the_config(target: str) -> None:
-    assert find_target(target).render(plan_of()) == find_target(target).render(plan_of())
+    words = OF_TARGET.get(target, [])
+    assert find_target(target).render(plan_of(*words)) == find_target(target).render(
+        plan_of(*words)
+    )
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
@@ -61,6 +74,7 @@ def test_a_dry_run_and_a_rendering_touch_nothing_that_the_config_names(
 
     monkeypatch.chdir(tmp_path)
     words = ["tiny_cpu.yaml", *SHAPE, *NEEDED, *NOWHERE, "run_dir=/nowhere/run"]
+    words += OF_TARGET.get(target, [])
     sys.addaudithook(listen)  # it cannot be taken away again, only told to look away
     try:
         launch(target, words, None, True)

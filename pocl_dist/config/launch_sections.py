@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from pocl_dist.config.kubernetes_sections import KubernetesConfig
-from pocl_dist.config.section import Section, Text
+from pocl_dist.config.section import Line, Section, Text
+from pocl_dist.config.slurm_sections import RayJobConfig, SlurmConfig
 
-Line = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00\n\r]*$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
@@ -57,6 +57,8 @@ class LaunchConfig(Section):
     """Variables of every command and rank. No secrets: the config is kept in the run directory."""
     k8s: KubernetesConfig = KubernetesConfig()
     """Of the target k8s."""
+    slurm: SlurmConfig = SlurmConfig()
+    ray_job: RayJobConfig = RayJobConfig()
 
     @property
     def num_ranks_per_node(self) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]*$")]
+Line = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00\n\r]*$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -38,3 +38,8 @@ def steps_of(config: Config) -> list[str]:
 def is_ranks_work(step: str, config: Config) -> bool:
     """Returns whether a launcher starts the step as ranks; the others are one process (and Ray)."""
     return step == "distill" or (step == "cache" and config.teacher.cache_engine == "zero3")
+
+
+def is_actors_work(step: str, config: Config) -> bool:
+    """Returns whether Ray actors do the step, on as many machines as there are."""
+    return step in ("generate", "measure", "cache", "evaluate") and not is_ranks_work(step, config)

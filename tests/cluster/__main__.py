@@ -19,6 +19,8 @@ SKIPPED = 77
 TESTS = {
     "deepspeed": "deepspeed_hosts",
     "kubernetes": "kubernetes_pods",
+    "ray": "ray_hosts",
+    "slurm": "slurm_chain",
 }
 
 

@@ -33,17 +33,20 @@ from pocl_dist.cluster.targets.k8s_pods import (
 from pocl_dist.cluster.targets.k8s_ray import ray_job
 from pocl_dist.cluster.templates import fill
 from pocl_dist.config.shipped import launch_file
+from pocl_dist.config.steps import is_actors_work
 from pocl_dist.errors import ConfigError, UnavailableError
 from pocl_dist.files import JSONValue, digest_of
 
 LOG = "submit.log"
 LONGEST_NAME = 40
 """A pod is called NAME-init-student-INDEX-xxxxx, in 63 letters."""
-ON_RAY = ("generate", "measure", "cache", "evaluate")
 
 
 def render(plan: LaunchPlan) -> dict[str, str]:
-    """Returns `submit.sh`, `run.yaml` (config, scripts, network policy) and a file per step."""
+    """Returns `submit.sh`, `run.yaml` (config, scripts, network policy) and a file per step.
+
+    `config.yaml` is for the reader: the pods have it from `run.yaml`.
+    """
     plan = _in_pods(plan)
     scripts = _scripts(plan)
     digest = digest_of(cast("JSONValue", scripts))[:16]
@@ -55,7 +58,8 @@ def render(plan: LaunchPlan) -> dict[str, str]:
         files[file] = _dump(*objects)
         entries.append(f"{file}/{str(objects[-1]['kind']).lower()}/{name}")
     values = {"namespace": plan.config.launch.k8s.namespace, "digest": digest, "entries": entries}
-    return {**files, "submit.sh": fill("k8s/submit.sh", values)}
+    submit_sh = fill("k8s/submit.sh", values)
+    return {"config.yaml": scripts["config.yaml"], **files, "submit.sh": submit_sh}
 
 
 def submit(plan: LaunchPlan, folder: Path) -> str:
@@ -162,7 +166,7 @@ def _objects(plan: LaunchPlan, step: str, name: str, digest: str) -> list[Mappin
             disruption_budget(plan, name, digest),
             ranks_job(plan, step, name, digest),
         ]
-    if step in ON_RAY:
+    if is_actors_work(step, plan.config):
         return [ray_job(plan, step, name, digest)]
     command: list[JSONValue] = ["bash", f"{SCRIPTS}/step.sh", step]
     template = pod_template(plan, name, container(plan, CONTAINER, True, command))
