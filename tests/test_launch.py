@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 SHAPE = ["launch.nodes=2", "launch.gpus_per_node=0", "launch.ranks_per_node=1"]
 # What the targets ask for beyond the shape; all is of the cluster, nothing of this machine.
 NEEDED = ["launch.hostfile=/cluster/hosts", "launch.master_address=node1"]
-# As many ranks, but on one node of a cluster that is there.
+# ray: as many ranks, but on one node of a cluster that is there. k8s: all lies on one volume.
 OF_TARGET = {
     "ray": ["launch.nodes=1", "launch.ranks_per_node=2"],
     "k8s": [
