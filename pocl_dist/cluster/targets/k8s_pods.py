@@ -117,5 +117,5 @@ def pod_template(plan: LaunchPlan, job: str, main: Mapping) -> Mapping:
             },
         ],
     }
-    spec = {key: value for key, value in made.items() if value not in (None, [], {})}
+    spec: Mapping = {key: value for key, value in made.items() if value not in (None, [], {})}
     return {"metadata": {"labels": labels_of(plan, job)}, "spec": spec}
