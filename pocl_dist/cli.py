@@ -97,6 +97,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     launch.add_argument("--render", type=Path, metavar="DIR", help="write the files, no more")
     launch.add_argument("--dry-run", action="store_true", help="print the files, write nothing")
+    doctor = commands.add_parser(
+        "doctor", help="what would keep a run from starting: in seconds, without GPU or weights"
+    )
+    doctor.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--nodes", type=int, metavar="N", help="the same as launch.nodes=N")
+    doctor.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="the same as launch.gpus_per_node=G"
+    )
+    doctor.add_argument("--gpu", action="store_true", help="it is an error if no GPU is here")
+    doctor.add_argument(
+        "--wait", type=float, default=60.0, metavar="SECONDS", help="for the other nodes of a job"
+    )
     score = commands.add_parser("score", help="ROUGE-L and exact match of given answers")
     score.add_argument(
         "--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}'
@@ -137,7 +150,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.pipeline.run_format import check_run_directory
     from pocl_dist.pipeline.run_lock import check_not_fenced, run_lock
     from pocl_dist.pipeline.run_step import run_step
-    from pocl_dist.pipeline.stop_request import mark_start
+    from pocl_dist.pipeline.stop_request import StopRequest, mark_start
 
     config = load_words(words)
     run = RunDirectory(Path(config.run_dir))
@@ -158,6 +171,9 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     is_child = is_rank and os.environ.get("POCL_DIST_PARENT") == str(run.root.resolve())
     is_owner = not is_child and (not is_rank or os.environ["RANK"] == "0")
     with contextlib.ExitStack() as stack:
+        if not is_rank and command != "run":  # which asks, and looks, itself
+            stop = StopRequest(run, config.run.max_wallclock_minutes)
+            stack.enter_context(stop.installed())
         if is_owner:
             check_run_directory(run.root, config.resume.strict_versions)
             stack.enter_context(run_lock(run.root))
@@ -219,6 +235,12 @@ def describe(error: BaseException) -> tuple[int, str]:
     return 70, printable(f"{type(error).__name__}: {error}")
 
 
+def _shape_words(arguments: argparse.Namespace) -> list[str]:
+    """Returns the overrides that `--nodes` and `--gpus-per-node` stand for."""
+    given = {key: getattr(arguments, key) for key in ("nodes", "gpus_per_node")}
+    return [f"launch.{key}={value}" for key, value in given.items() if value is not None]
+
+
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "exit-codes":
         for row in EXIT_CODES:
@@ -237,11 +259,16 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     elif arguments.command == "launch":
         from pocl_dist.cluster.launch import launch
 
-        words = list(arguments.config)
-        for key in ("nodes", "gpus_per_node"):
-            if getattr(arguments, key) is not None:
-                words.append(f"launch.{key}={getattr(arguments, key)}")
+        words = [*arguments.config, *_shape_words(arguments)]
         launch(arguments.target, words, arguments.render, arguments.dry_run)
+    elif arguments.command == "doctor":
+        from pocl_dist.cluster.doctor.case import Options
+        from pocl_dist.cluster.doctor.command import doctor
+        from pocl_dist.pipeline.probes import PROBES
+
+        shape = _shape_words(arguments)
+        options = Options(bool(shape), arguments.gpu, arguments.wait)
+        return doctor([*arguments.config, *shape], options, PROBES, arguments.json)
     elif arguments.command == "score":
         from pocl_dist.pipeline.score import score_files
 

@@ -7,7 +7,7 @@ file (manifest, plan, model folder) may not, and no text from a file reaches a t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -68,6 +68,12 @@ def check_versions() -> None:
 
     pip holds the bounds of setup.py when it installs; an image put together by hand may not.
     """
+    for problem in outdated_packages():
+        raise RefusedError(problem)
+
+
+def outdated_packages() -> Iterator[str]:
+    """Yields a line for each installed package that `check_versions` refuses."""
     for name, minimum in MINIMUM_VERSIONS.items():
         try:
             found = version(name)
@@ -76,6 +82,5 @@ def check_versions() -> None:
         numbers = re.match(r"\d+(?:\.\d+)*", found)
         if numbers is None or tuple(map(int, numbers[0].split("."))) < minimum:
             wanted = ".".join(map(str, minimum))
-            raise RefusedError(
-                f"{name} {found} has known security holes; install {name} >= {wanted} (SECURITY.md)"
-            )
+            hint = f"install {name} >= {wanted} (SECURITY.md)"
+            yield f"{name} {found} has known security holes; {hint}"

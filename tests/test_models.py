@@ -27,9 +27,10 @@ from transformers import (
 from pocl_dist.errors import ConfigError, MismatchError, MissingInputError, RefusedError
 from pocl_dist.models.generation import Sampling, generate_answers
 from pocl_dist.models.heads import backbone_module, check_head, head_logits, hidden_states, lm_head
-from pocl_dist.models.loading import check_same_tokenizer, load_model, load_tokenizer
+from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.pruning import prune_layers, write_pruned_student
 from pocl_dist.models.sources import ModelFolder, find_model, model_digest
+from pocl_dist.models.tokenizer_checks import check_same_tokenizer
 from tests.tiny import make_tokenizer, write_llama
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

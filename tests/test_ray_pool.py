@@ -210,7 +210,7 @@ def test_ray_talks_to_those_with_our_token_only(given: dict[str, str], is_welcom
 
 @pytest.mark.usefixtures("ray_pool")
 def test_a_cluster_with_our_token_can_be_joined() -> None:
-    session._check_reachable(ray.get_runtime_context().gcs_address, 60.0)
+    session.check_reachable(ray.get_runtime_context().gcs_address, 60.0)
 
 
 @pytest.mark.usefixtures("ray_pool")
@@ -244,7 +244,7 @@ def test_an_address_without_ray_is_one_line(
     address: str, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message) as caught:
-        session._check_reachable(address, 20.0)
+        session.check_reachable(address, 20.0)
     assert "\n" not in str(caught.value)
 
 

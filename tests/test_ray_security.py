@@ -33,7 +33,7 @@ sys.stdin.read()
 def assert_refused(address: str) -> None:
     """Asks for the cluster as `ray.address` does."""
     with pytest.raises(RefusedError, match=r"lets in whoever reaches.*CVE-2023-48022") as caught:
-        session._check_reachable(address, 60.0)
+        session.check_reachable(address, 60.0)
     assert caught.value.exit_code == 77
 
 

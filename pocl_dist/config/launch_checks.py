@@ -37,3 +37,13 @@ def check_fits(config: Config) -> None:
             "engine.zero_stage: 0 trains in fp32 only, and engine.dtype null means bf16 on a GPU; "
             "set engine.dtype: fp32, or stage 1, 2 or 3"
         )
+
+
+def check_local(config: Config) -> None:
+    """Raises ConfigError (64) when several nodes are asked of the launcher of one machine."""
+    launch = config.launch
+    if launch.nodes > 1 and config.engine.world_size is None:
+        raise ConfigError(
+            f"launch.nodes: {launch.nodes}, but launch.ranks_with 'local' starts ranks on this "
+            "machine only; choose another, or `pocl-dist launch` for a job over the nodes"
+        )

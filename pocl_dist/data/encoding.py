@@ -2,26 +2,54 @@
 
 Shapes: B rows, T positions. Labels are shifted here and nowhere else: `labels[t]` is the token that
 position t has to predict. The mask goes by position, never by token id, so eos is learnt even where
-pad equals eos.
+pad equals eos. torch is loaded only where a batch is made: `doctor` encodes rows without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from pocl_dist.errors import ConfigError, DataError, MismatchError
 from pocl_dist.records import IGNORE_INDEX, Batch, EncodedExample, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ALPACA = (
     "Below is an instruction that describes a task{more}. "
     "Write a response that appropriately completes the request.\n\n"
 )
 _WITH_CONTEXT = ", paired with an input that provides further context"
+
+
+class TextTokenizer(Protocol):
+    """What an encoder asks of a tokenizer: transformers' have it, and so has ours without torch."""
+
+    @property
+    def name_or_path(self) -> str:
+        """Where it was read from."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Template of messages; None without one."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the token that ends an answer."""
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool, verbose: bool
+    ) -> Mapping[str, list[int]]:
+        """Returns `input_ids` of a text."""
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        """Returns messages as the model reads them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +66,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | TextTokenizer,
         template: str,
         max_tokens: int,
         max_prompt_tokens: int,
@@ -180,6 +208,8 @@ def collate_packed(rows: Sequence[Sequence[EncodedExample]], pad_id: int) -> Bat
     Positions start from 0 with every example, and with the padding: that is how transformers tells
     that one must not attend to another.
     """
+    import torch
+
     if not rows:
         one = torch.tensor([[pad_id]])
         zero = torch.zeros_like(one)

@@ -206,7 +206,11 @@ def _hub_rows(source: str) -> Iterator[tuple[int, dict[str, object] | _BadRowErr
         yield number, {key: value for key, value in row.items() if value is not None}
 
 
-def _open(source: str, key: str) -> Iterator[tuple[int, dict[str, object] | _BadRowError]]:
+def rows_file(source: str, key: str) -> Path | None:
+    """Returns the file that the config key `key` names, None for a data set of the hub.
+
+    Raises MissingInputError (66) for what is neither, or may not be read.
+    """
     try:
         path = package_file(source) if source.startswith("package:") else Path(source)
     except FileNotFoundError as error:
@@ -214,12 +218,19 @@ def _open(source: str, key: str) -> Iterator[tuple[int, dict[str, object] | _Bad
     if path.is_file():
         if not os.access(path, os.R_OK):
             raise MissingInputError(f"{key}: {source} may not be read (looked at {path.resolve()})")
-        return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        return path
     looks_like_hub_id = source.partition("@")[0].partition("#")[0].count("/") == 1
     if path.suffix in FILE_SUFFIXES or path.is_dir() or not looks_like_hub_id:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise MissingInputError(f"{key}: {source} {what} (looked at {path.resolve()})")
-    return _hub_rows(source)
+    return None
+
+
+def _open(source: str, key: str) -> Iterator[tuple[int, dict[str, object] | _BadRowError]]:
+    path = rows_file(source, key)
+    if path is None:
+        return _hub_rows(source)
+    return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
 
 
 def read_rows(

@@ -17,12 +17,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 from pocl_dist.config import RayConfig
 from pocl_dist.distributed import ray_reaper
+from pocl_dist.distributed.ray_watch import DaemonWatch
 from pocl_dist.errors import ConfigError, RefusedError, UnavailableError
 from pocl_dist.guards import shown
 
@@ -148,9 +149,10 @@ def _has_token() -> bool:
     return bool(given) or (Path.home() / ".ray" / "auth_token").exists()
 
 
-def _check_reachable(address: str, timeout_seconds: float) -> None:
+def check_reachable(address: str, timeout_seconds: float) -> None:
     """Raises UnavailableError (69) unless a Ray driver can join `address` in time.
 
+    RefusedError (77) when it would let in whoever has no token, ConfigError (64) for no address.
     Tried in a process of its own, since `ray.init` retries for minutes in C++
     and cannot be interrupted.
     """
@@ -191,23 +193,43 @@ def _check_reachable(address: str, timeout_seconds: float) -> None:
 
 
 def _join_cluster(address: str, timeout_seconds: float) -> None:
-    _check_reachable(address, timeout_seconds)
+    check_reachable(address, timeout_seconds)
     _initialise(f"ray.address: could not join {address}", address=address)
 
 
-@contextlib.contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
-    """Holds a connection to Ray; on exit its processes, devices, files are gone (a cluster's stay).
+def _shut_down() -> None:
+    import ray
 
-    Inside another session it changes nothing. Raises UnavailableError (69) when Ray cannot be
-    reached, RefusedError (77) when it would run, or runs, without a token.
-    """
+    if ray.is_initialized():  # else its start has failed
+        ray.shutdown()
+
+
+def _head_address() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def check_token_mode() -> None:
+    """Raises RefusedError (77) when the environment asks for a Ray without token."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         raise RefusedError(
             f"RAY_AUTH_MODE is {shown(os.environ['RAY_AUTH_MODE'])} in the environment: Ray "
             "listens on all interfaces, and without a token whoever reaches a port can run code "
             "(ShadowRay, CVE-2023-48022); unset it (SECURITY.md)"
         )
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig, on_lost: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Holds a connection to Ray; on exit its processes, devices, files are gone (a cluster's stay).
+
+    Inside another session it changes nothing. `on_lost(reason)` is called, from any thread, when
+    Ray's daemons die; it must not return, since Ray will end this process with code 1. Raises
+    UnavailableError (69) when Ray cannot be reached, RefusedError (77) when it would run, or runs,
+    without a token.
+    """
+    check_token_mode()
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -225,12 +247,17 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         # Ray reads its environment once, at import; who imported it before us
         # did so without the token.
         ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
-        if config.address is None:
-            _start_local(config)
-        else:
-            _join_cluster(config.address, config.start_timeout_seconds)
-        try:
+        with contextlib.ExitStack() as stack:
+            if config.address is None:
+                stack.callback(shutil.rmtree, _private_folder() / "ray", ignore_errors=True)
+            else:
+                _join_cluster(config.address, config.start_timeout_seconds)
+            stack.callback(_shut_down)
+            if on_lost is not None:
+                head = None if config.address is None else _head_address()
+                watch = stack.enter_context(DaemonWatch(head, on_lost))
+            if config.address is None:
+                _start_local(config)
+                if on_lost is not None:
+                    watch.is_up = True
             yield
-        finally:
-            ray.shutdown()
-            shutil.rmtree(_private_folder() / "ray", ignore_errors=True)

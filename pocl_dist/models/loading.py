@@ -1,4 +1,4 @@
-"""Opens a model folder: tokenizer, weights, and checks that teacher and student belong together."""
+"""Opens a model folder: its tokenizer, what its config promises, its weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from pocl_dist.errors import MismatchError, MissingInputError, RefusedError
+from pocl_dist.errors import MissingInputError, RefusedError
 from pocl_dist.files import JSONValue, digest_of
 
 disable_progress_bar()  # bars of "Loading weights" from every rank hide what matters
@@ -121,26 +121,3 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a digest of what makes two tokenizers the same: vocabulary and eos."""
     vocabulary = cast("dict[str, JSONValue]", dict(tokenizer.get_vocab()))
     return digest_of([vocabulary, tokenizer.eos_token_id])  # type: ignore[list-item]
-
-
-def check_same_tokenizer(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
-) -> None:
-    """Raises MismatchError (78) unless both map every token to the same id and share eos.
-
-    Equal sizes are not enough: column i of both softmaxes must mean the same token.
-    """
-    first, second = teacher.get_vocab(), student.get_vocab()
-    if first == second and teacher.eos_token_id == student.eos_token_id:
-        return
-    reasons = [f"teacher {len(first)} tokens, student {len(second)} tokens"]
-    for token in sorted(set(first) | set(second)):
-        if first.get(token) != second.get(token):
-            reasons.append(f"token {token!r} is id {first.get(token)} and {second.get(token)}")
-            break
-    if teacher.eos_token_id != student.eos_token_id:
-        reasons.append(f"eos is id {teacher.eos_token_id} and {student.eos_token_id}")
-    raise MismatchError(
-        "models.teacher and models.student have different tokenizers: " + "; ".join(reasons) + ". "
-        "White-box distillation compares the two vocabularies column by column."
-    )

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pocl_dist.errors import ConfigError
+from pocl_dist.models.config_fit import check_layers
 from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.sources import ModelFolder
 
@@ -25,15 +26,6 @@ def _layer_list_name(model: PreTrainedModel) -> str:
         f"models.student.init_layers: {type(model).__name__} keeps its layers "
         "in no list of its own; give models.student.path instead"
     )
-
-
-def check_layers(num_layers: int, layers: Sequence[int]) -> None:
-    """Raises ConfigError (64) for a layer that a teacher of `num_layers` layers does not have."""
-    if max(layers) >= num_layers:
-        raise ConfigError(
-            f"models.student.init_layers: {max(layers)} is not allowed: "
-            f"the teacher has layers 0..{num_layers - 1}"
-        )
 
 
 def prune_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

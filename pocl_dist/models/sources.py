@@ -7,6 +7,8 @@ No pickled weights are read, and no code of a model is run unless the config say
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +57,11 @@ def _settings(file: Path, key: str) -> dict[str, JSONValue]:
         raise MissingInputError(f"{key}: no usable model: {error}") from error
 
 
-def _check_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
+def check_model_folder(folder: Path, key: str, trust_remote_code: bool) -> None:
+    """Raises MissingInputError (66) or RefusedError (77) for a folder that is no usable model.
+
+    Reads settings and the first bytes of the weights.
+    """
     if (folder / ADAPTER_SETTINGS).exists():  # transformers would load another model in its place
         raise MissingInputError(
             f"{key}: {folder} holds an adapter ({ADAPTER_SETTINGS}); "
@@ -85,10 +91,9 @@ def from_hub(
 ) -> ModelFolder:
     """Returns the downloaded folder of a hub id (UnavailableError 69, MissingInputError 66)."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
+    with hub_errors(path, revision, key):
         folder = Path(
             snapshot_download(
                 path,
@@ -96,6 +101,16 @@ def from_hub(
                 allow_patterns=[*patterns, "*.py"] if trust_remote_code else patterns,
             )
         )
+    return ModelFolder(folder, path, trust_remote_code, commit=folder.name)
+
+
+@contextmanager
+def hub_errors(path: str, revision: str | None, key: str) -> Iterator[None]:
+    """Turns what the hub refuses into MissingInputError (66), UnavailableError (69)."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except HFValidationError as error:
         raise MissingInputError(
             f"{key}: {path!r} is neither a local folder or file nor a hub id"
@@ -108,7 +123,6 @@ def from_hub(
         raise MissingInputError(
             f"{key}: the hub has no {path!r} (revision {revision}): {error}"
         ) from error
-    return ModelFolder(folder, path, trust_remote_code, commit=folder.name)
 
 
 def _from_gguf(file: Path, origin: str, key: str) -> ModelFolder:
@@ -151,13 +165,10 @@ def _from_gguf(file: Path, origin: str, key: str) -> ModelFolder:
     return ModelFolder(folder, origin)
 
 
-def find_model(
-    path: str, key: str, revision: str | None = None, trust_remote_code: bool = False
-) -> ModelFolder:
-    """Returns the local folder of a model named by the config key `key`.
+def local_model(path: str, key: str) -> Path | None:
+    """Returns the folder or GGUF file that `path` names on this machine, None for a hub id.
 
-    Raises MissingInputError (66), UnavailableError (69: hub not reachable) or RefusedError (77:
-    pickled weights, or code of its own without `trust_remote_code`).
+    Raises MissingInputError (66) for what is neither.
     """
     try:
         local = package_file(path) if path.startswith("package:") else Path(path)
@@ -168,19 +179,31 @@ def find_model(
             raise MissingInputError(
                 f"{key}: {path} is a file but not GGUF; name the model's folder"
             )
-        return _from_gguf(local, path, key)
+        return local
     if local.is_dir():
-        _check_folder(local, key, trust_remote_code)
-        return ModelFolder(local, path, trust_remote_code)
-    if (
-        local.suffix == ".gguf"
-        or local.is_absolute()
-        or path.startswith(".")
-        or path.count("/") != 1
-    ):
+        return local
+    is_hub_id = path.count("/") == 1 and not path.startswith(".") and local.suffix != ".gguf"
+    if local.is_absolute() or not is_hub_id:
         raise MissingInputError(f"{key}: {path} does not exist (looked at {local.resolve()})")
-    found = from_hub(path, revision, key, trust_remote_code)
-    _check_folder(found.folder, key, trust_remote_code)
+    return None
+
+
+def find_model(
+    path: str, key: str, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelFolder:
+    """Returns the local folder of a model named by the config key `key`.
+
+    Raises MissingInputError (66), UnavailableError (69: hub not reachable) or RefusedError (77:
+    pickled weights, or code of its own without `trust_remote_code`).
+    """
+    local = local_model(path, key)
+    if local is not None and local.is_file():
+        return _from_gguf(local, path, key)
+    if local is not None:
+        found = ModelFolder(local, path, trust_remote_code)
+    else:
+        found = from_hub(path, revision, key, trust_remote_code)
+    check_model_folder(found.folder, key, trust_remote_code)
     return found
 
 

@@ -6,7 +6,10 @@ A signal, the stop file or the time limit ends it; what is saved is not done aga
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar, cast
@@ -18,13 +21,14 @@ from pocl_dist.difficulty.worker import ModelWorker, ShardResult, WorkerSettings
 from pocl_dist.distributed.ray_pool import ActorPool
 from pocl_dist.distributed.ray_session import ray_session
 from pocl_dist.distributed.shard_queue import ShardT
-from pocl_dist.errors import StoppedError
+from pocl_dist.errors import PoclError, StoppedError, WorkerError
 from pocl_dist.failpoints import failpoint
 from pocl_dist.models.generation import Sampling
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.progress import RowProgress, say
 from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.status_file import read_status
 from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.records import RowFailure
 
@@ -67,6 +71,8 @@ def worker_settings(
 
 
 T = TypeVar("T")
+# Whoever ends a job signals all its processes: Ray's daemons may be gone before we are told.
+LAST_SIGNAL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,19 @@ class RowPass(Generic[T]):
 @contextlib.contextmanager
 def actors_of(config: Config, run: RunDirectory) -> Iterator[StopRequest]:
     """Holds a Ray session, and looks for requests to stop, while the context lasts."""
-    with stop_request(run, config.run.max_wallclock_minutes) as stop, ray_session(config.ray):
-        yield stop
+    with stop_request(run, config.run.max_wallclock_minutes) as stop:
+
+        def end(reason: str) -> None:
+            time.sleep(LAST_SIGNAL_SECONDS)
+            state, code = ("stopped", 75) if stop.is_asked() else ("failed", WorkerError.exit_code)
+            reason += "; what is finished is saved, the same command goes on"
+            with contextlib.suppress(OSError, PoclError):  # a full disk, or another has the run
+                run.write_status(state, code, str(read_status(run.status)["phase"]), reason)
+            print(reason, file=sys.stderr, flush=True)
+            os._exit(code)  # nothing of Ray works any more, its shutdown neither
+
+        with ray_session(config.ray, end):
+            yield stop
 
 
 def answer_rows(config: Config, stop: StopRequest, work: RowPass[T]) -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from pocl_dist.config import Config
 from pocl_dist.errors import ConfigError, MissingInputError, StorageError
 from pocl_dist.files import JSONValue, atomic_write_json, free_bytes
+from pocl_dist.models.config_fit import check_top_k
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.cache_inputs import (
     cache_inputs,
-    check_top_k,
     check_truncation,
     plan_temperatures,
     planned_examples,
@@ -108,7 +108,8 @@ def prepare(config: Config, run: RunDirectory) -> CacheJob:
             f"models.student: {student.folder} is not there yet: run `pocl-dist init-student` first"
         )
     from pocl_dist.data.encoding import pad_id_of
-    from pocl_dist.models.loading import check_same_tokenizer, load_tokenizer
+    from pocl_dist.models.loading import load_tokenizer
+    from pocl_dist.models.tokenizer_checks import check_same_tokenizer
     from pocl_dist.teacher.cache_worker import CacheSettings
     from pocl_dist.teacher.cache_writer import CacheContent
 

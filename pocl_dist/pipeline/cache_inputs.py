@@ -69,15 +69,6 @@ def cache_inputs(
     }
 
 
-def check_top_k(config: Config, num_real_tokens: int) -> None:
-    """Raises ConfigError (64) when more tokens are to be kept than the tokenizer has."""
-    if config.teacher.source == "cache_topk" and config.teacher.top_k > num_real_tokens:
-        raise ConfigError(
-            f"teacher.top_k: {config.teacher.top_k} is more than the {num_real_tokens} tokens "
-            "of the vocabulary"
-        )
-
-
 def truncation_errors(entries: Sequence[CacheEntry], num_labels: int) -> dict[str, float]:
     """Returns {temperature: summed error / `num_labels`}; empty for hidden states."""
     sums: dict[str, list[float]] = {}

@@ -79,7 +79,8 @@ def _encode(
     config: Config, run: RunDirectory, rows: Rows, teacher: ModelFolder
 ) -> list[EncodedExample]:
     """Returns the rows encoded as they will be for training: with the student's tokenizer."""
-    from pocl_dist.models.loading import check_same_tokenizer, load_tokenizer
+    from pocl_dist.models.loading import load_tokenizer
+    from pocl_dist.models.tokenizer_checks import check_same_tokenizer
 
     tokenizer = load_tokenizer(teacher)
     if config.models.student.path is not None:  # else it is cut from the teacher

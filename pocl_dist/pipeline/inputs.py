@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config, ModelConfig, StudentConfig, select_keys
+from pocl_dist.data.sets import check_enough
 from pocl_dist.data.sources import Rows, read_rows
-from pocl_dist.errors import DataError, RefusedError
+from pocl_dist.errors import RefusedError
 from pocl_dist.files import (
     JSONValue,
     atomic_write_json,
@@ -83,7 +84,7 @@ def _read(config: Config, source: str, key: str, limit: int | None) -> Rows:
 
 def read_prompts(config: Config) -> Rows:
     """Returns the rows of `data.train`; raises DataError (65) when there are fewer than stages."""
-    return _enough(config, _read(config, config.data.train, "data.train", config.data.limit))
+    return check_enough(config, _read(config, config.data.train, "data.train", config.data.limit))
 
 
 def read_train(config: Config) -> Rows:
@@ -94,16 +95,7 @@ def read_train(config: Config) -> Rows:
     if config.data.responses == "references":
         return read_prompts(config)
     generated = str(generated_data_set(config))
-    return _enough(config, read_rows(generated, "data.responses"))
-
-
-def _enough(config: Config, rows: Rows) -> Rows:
-    if len(rows.examples) < config.curriculum.num_stages:
-        raise DataError(
-            f"{rows.source}: {len(rows.examples)} rows cannot fill curriculum.num_stages "
-            f"{config.curriculum.num_stages} stages"
-        )
-    return rows
+    return check_enough(config, read_rows(generated, "data.responses"))
 
 
 def read_dev(config: Config) -> Rows | None:

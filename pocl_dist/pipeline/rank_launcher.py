@@ -6,9 +6,9 @@ import os
 import sys
 
 from pocl_dist.config import Config
-from pocl_dist.config.launch_checks import check_fits
+from pocl_dist.config.launch_checks import check_fits, check_local
 from pocl_dist.config.shipped import PACKAGE
-from pocl_dist.errors import ConfigError, WorkerError
+from pocl_dist.errors import WorkerError
 from pocl_dist.hosts import check_hosts, check_port_here, chosen_hosts, unreachable
 
 
@@ -21,11 +21,7 @@ def check_can_start(config: Config) -> None:
     """
     launch = config.launch
     if launch.ranks_with == "local":
-        if launch.nodes > 1 and config.engine.world_size is None:
-            raise ConfigError(
-                f"launch.nodes: {launch.nodes}, but launch.ranks_with 'local' starts ranks on this "
-                "machine only; choose another, or `pocl-dist launch` for a job over the nodes"
-            )
+        check_local(config)
         return
     check_fits(config)
     if launch.ranks_with == "deepspeed":

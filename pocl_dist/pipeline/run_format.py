@@ -54,7 +54,13 @@ _SCRATCH_VARIABLES = (
 
 
 def check_run_directory(root: Path, is_strict: bool) -> None:
-    """Raises before anything is written where another program, or version, has written.
+    """Raises as `look_at_run_directory` does; what it returns is printed as warnings."""
+    for warning in look_at_run_directory(root, is_strict):
+        warn(warning)
+
+
+def look_at_run_directory(root: Path, is_strict: bool) -> list[str]:
+    """Returns warnings; raises before anything is written where another program or version wrote.
 
     ConfigError (64): `run_dir` is no folder, or scratch would lie in it. MismatchError (78):
     foreign files, a damaged or foreign status.json or manifest.json, another format; with
@@ -80,7 +86,7 @@ def check_run_directory(root: Path, is_strict: bool) -> None:
                 f"{' and more' if foreign[3:] else ''}, but neither status.json nor "
                 "manifest.json; choose a run_dir that is empty or not there yet"
             )
-    _check_versions(root, manifest if status is None else status, is_strict)
+    return _check_versions(root, manifest if status is None else status, is_strict)
 
 
 def _read(path: Path) -> Mapping[str, JSONValue] | None:
@@ -100,7 +106,9 @@ def _read(path: Path) -> Mapping[str, JSONValue] | None:
     return read_status(path) if path.name == "status.json" else value
 
 
-def _check_versions(root: Path, record: Mapping[str, JSONValue] | None, is_strict: bool) -> None:
+def _check_versions(
+    root: Path, record: Mapping[str, JSONValue] | None, is_strict: bool
+) -> list[str]:
     before = cast("Mapping[str, JSONValue]", (record or {}).get("versions") or {})
     differing = [
         f"{name} {_short(before.get(name))} -> {_short(now)}"
@@ -112,11 +120,12 @@ def _check_versions(root: Path, record: Mapping[str, JSONValue] | None, is_stric
             f"{root} was written by other versions: {', '.join(differing)} "
             "(resume.strict_versions is true)"
         )
-    if differing:
-        warn(
-            f"{root} was written by other versions: {', '.join(differing)}; the results may differ "
-            "(resume.strict_versions: true refuses this)"
-        )
+    if not differing:
+        return []
+    return [
+        f"{root} was written by other versions: {', '.join(differing)}; the results may differ "
+        "(resume.strict_versions: true refuses this)"
+    ]
 
 
 def _short(value: object) -> str:

@@ -103,6 +103,21 @@ def is_locked(root: Path) -> bool:
     return held is not None and _is_held(root / "lock", held)
 
 
+def check_free(root: Path) -> None:
+    """Raises BusyError (73) when a run that may be alive holds the run directory."""
+    held = _holder(root / "lock")
+    if held is not None and _is_held(root / "lock", held):
+        raise _busy(root, held)
+
+
+def _busy(root: Path, held: Mapping[str, JSONValue]) -> BusyError:
+    return BusyError(
+        f"{root} is in use by process {held.get('pid')} on {held.get('host')} since "
+        f"{held.get('since')}; if that run is dead, its lock ends by itself "
+        f"{LEASE_SECONDS:g} s after its last sign of life"
+    )
+
+
 def _last_attempt(root: Path) -> int:
     """Returns the highest attempt number that the run directory knows of."""
     numbers = [0]
@@ -130,11 +145,7 @@ def _take(root: Path) -> int:
         held = _holder(path)
         if held is not None:
             if _is_held(path, held, is_patient=True):
-                raise BusyError(
-                    f"{root} is in use by process {held.get('pid')} on {held.get('host')} since "
-                    f"{held.get('since')}; if that run is dead, its lock ends by itself "
-                    f"{LEASE_SECONDS:g} s after its last sign of life"
-                )
+                raise _busy(root, held)
             _bury(path, held)
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)

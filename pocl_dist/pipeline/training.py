@@ -19,12 +19,9 @@ from pocl_dist.distributed.collectives import barrier
 from pocl_dist.distributed.engine import num_micro_batches
 from pocl_dist.distributed.process_group import Rank, torch_dtype
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of
-from pocl_dist.models.loading import (
-    check_same_tokenizer,
-    load_tokenizer,
-    tokenizer_digest,
-)
+from pocl_dist.models.loading import load_tokenizer, tokenizer_digest
 from pocl_dist.models.sources import model_digest
+from pocl_dist.models.tokenizer_checks import check_same_tokenizer
 from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
 from pocl_dist.pipeline.cache_inputs import cached_teacher

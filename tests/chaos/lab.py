@@ -131,7 +131,7 @@ class Lab:
             "dev": {"every": 6},
             "checkpoint": {"every": 2, "keep_last": 3},
             "generation": {"max_new_tokens": 6, "batch_size": 4},
-            "ray": {"num_actors": 2, "shard_size": 4, "start_timeout_seconds": 40},
+            "ray": {"num_actors": 2, "shard_size": 4},
             "engine": {
                 "world_size": 2, "micro_batch_size": 4, "global_batch_size": 8,
                 "timeout_seconds": 30,

@@ -29,6 +29,7 @@ _PHASES: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "pass.before_save=stop@1"),
     "report": ("report", "atomic_write.open=stop@4"),
 }
+_LAST_OF_DISTILL = "distill, export"
 _SHORT = ("init-student", "plan", "report")
 _WAYS = ("SIGTERM", "SIGUSR1", "control/stop")
 
@@ -101,6 +102,8 @@ def run(lab: Lab) -> Result:
             _stop_in(lab, config, phase, _WAYS[(turn + lab.seed) % len(_WAYS)], result)
         elif command != "distill":
             Job(config.parent / "log.txt", command, str(config)).wait(120)
+        if phase == _LAST_OF_DISTILL:  # else there is no export to be evaluated
+            Job(config.parent / "log.txt", "distill", str(config)).wait(120)
     job = Job(config.parent / "log.txt", "run", str(config))
     code = job.wait(300)
     result.check(code == 0, f"the run could not be finished: {code} ({job.log})")
