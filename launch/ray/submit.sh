@@ -47,8 +47,7 @@ run_step() {                                 # STEP ranks|other
     if ! said=$(jobs submit --no-wait --submission-id "$id" "${needs[@]}" -- \
         bash "$here/entry.sh" "$PWD" "$step" 2>&1); then
         printf '%s: Ray at %s took no job: %s\n' "$step" "$address" "$(tail -n 1 <<<"$said")" >&2
-        code=69
-        return
+        exit 69                              # no cluster, or a wrong token: at once, and for a person
     fi
     echo "$step $id"
     while [ -z "$state" ]; do
@@ -82,6 +81,7 @@ for step in "${steps[@]}"; do
         run_step "$step" "$kind"
         case " $retryable " in *" $code "*) ;; *) break ;; esac
         [ -z "$has_asked" ] || break
+        sleep "$poll_seconds"
         echo "$step: code $code, attempt $((attempt + 1)) of $((max_resubmits + 1))" >&2
     done
     [ -z "$has_asked" ] || rm -f "$RUN_DIR/control/stop"

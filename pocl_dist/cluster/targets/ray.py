@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pocl_dist.cluster.common_files import common_files
 from pocl_dist.cluster.launch_plan import LaunchPlan
-from pocl_dist.cluster.templates import fill
+from pocl_dist.cluster.templates import Value, fill
 from pocl_dist.config.shipped import launch_file
 from pocl_dist.errors import EXIT_CODES, ConfigError, error_of
 
@@ -24,7 +24,7 @@ def render(plan: LaunchPlan) -> dict[str, str]:
             "node, and the passes on the whole cluster; set 1, or use another target"
         )
     job = launch.ray_job
-    values = {
+    values: dict[str, Value] = {
         "name": plan.name,
         "address": job.address or "",
         "poll_seconds": job.poll_seconds,
