@@ -47,6 +47,15 @@ build() {  # TAG: prints the digest
     buildah_here inspect --type image --format '{{.FromImageDigest}}' "localhost/pocl-dist:$1"
 }
 
+differences() {  # of the two builds: names of files, to look at
+    local one two
+    one=$(buildah_here from --pull-never --signature-policy "$WORK/policy.json" localhost/pocl-dist:first)
+    two=$(buildah_here from --pull-never --signature-policy "$WORK/policy.json" localhost/pocl-dist:second)
+    diff -rq --no-dereference "$(buildah_here mount "$one")" "$(buildah_here mount "$two")" 2>&1 | head -n 40 || true
+    diff <(buildah_here inspect --type image localhost/pocl-dist:first) \
+        <(buildah_here inspect --type image localhost/pocl-dist:second) | head -n 40 || true
+}
+
 in_image() {  # COMMAND ...: through entry point, as the image's user
     "$PYTHON" tests/loopback.py buildah --root "$WORK/store" --runroot "$WORK/run" --storage-driver overlay \
         run --isolation chroot "$container" -- /usr/bin/tini -- /usr/local/bin/pocl-entrypoint "$@"
@@ -81,6 +90,7 @@ say "build, the first"
 first=$(build first)
 say "build, the second, without cache"
 second=$(build second)
+[ "$second" = "$first" ] || differences
 expect "digest of the second build" "$second" "$first"
 bytes=$(buildah_here images --json localhost/pocl-dist:first | "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)[0]["size"])')
 echo "size: $bytes"
