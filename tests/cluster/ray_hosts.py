@@ -67,13 +67,13 @@ class RayHosts:
         """Starts both nodes and returns when they have met."""
         self._start("h1", "head", "h2")
         address = self.folder / "ray" / "address"
-        ends = time.monotonic() + 120
+        ends = time.monotonic() + 300
         while not address.exists():
             assert time.monotonic() < ends, f"no head: see {self.folder}/ray-h1.log"
             time.sleep(0.2)
         assert address.read_text().strip() == self.address
         self._start("h2", "worker", self.address)
-        wait = ["launch/slurm/ray_wait.py", self.address, "2", "120"]
+        wait = ["launch/slurm/ray_wait.py", self.address, "2", "300"]
         assert self.run("h1", *wait).wait() == 0, f"the nodes have not met: see {self.folder}"
 
     def _start(self, host: str, *words: str) -> None:
