@@ -32,6 +32,7 @@ WORDS = (
     "generation.batch_size=8",
     "ray.num_actors=2",
     "ray.shard_size=64",
+    "ray.start_timeout_seconds=400",
 )
 STARTED = time.monotonic()
 
@@ -59,6 +60,7 @@ class RayHosts:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_worker_register_timeout_seconds": "120",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "CUDA_VISIBLE_DEVICES": "",
         }
