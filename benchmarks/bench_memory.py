@@ -31,8 +31,9 @@ def measure_rank(zero_stage: int, hidden: int) -> dict[str, object]:
 
     from pocl_dist.config import LossConfig, load_config
     from pocl_dist.distributed.engine import build_student_engine
-    from pocl_dist.distributed.memory import expected_bytes, held_bytes
+    from pocl_dist.distributed.memory import held_bytes
     from pocl_dist.distributed.process_group import join_process_group
+    from pocl_dist.distributed.zero_bytes import expected_bytes
     from pocl_dist.pipeline.student import StudentWithLoss
     from pocl_dist.records import TeacherOutput
 

@@ -32,7 +32,7 @@ ROWS = ROOT.parent / "shared" / "data" / "instruct_train.jsonl"
 BUNDLED_ROWS = ROOT / "pocl_dist" / "bundled" / "train.jsonl"
 SIDES = {"online": "online", "cached": "cache_hidden"}
 PROJECTED_VISITS = 20
-COMPARED_STEPS, TOLERANCE = 10, 1e-5  # relative
+COMPARED_STEPS, TOLERANCE = 5, 1e-5  # relative
 POLL_SECONDS = 0.2
 
 
@@ -112,8 +112,9 @@ def run_schedule(side: str, folder: Path, words: list[str]) -> Schedule:
 def relative_differences(online: list[float], cached: list[float]) -> list[float]:
     """Returns the differences of all steps; raises SystemExit when the first do not agree.
 
-    Here a difference in the last bit doubles about once a step (a cut model at 3e-4, one seed or
-    the other), so what comes much later shows no error of the cache.
+    A cut model at 3e-4 doubles a difference in the last bit with every step, or does worse, so what
+    comes later shows no error of the cache. Equal losses to 1e-6 are shown on the tiny pair
+    (tests/test_cached_distill.py).
     """
     differences = [abs(a - b) / abs(a) for a, b in zip(online, cached, strict=True)]
     first = differences[:COMPARED_STEPS]

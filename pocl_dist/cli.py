@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist import __version__
+from pocl_dist.cluster.estimate.arguments import add_arguments, options_of
 from pocl_dist.cluster.targets import TARGETS
 from pocl_dist.errors import (
     EXIT_CODES,
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
             )
+    text = "memory, time and disk that a config needs on a cluster; loads no model"
+    add_arguments(commands.add_parser("estimate", help=text, description=text))
     verify = commands.add_parser(
         "verify", help="re-check every file of a run directory against its manifest"
     )
@@ -256,6 +259,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         from pocl_dist.pipeline.status_file import outcome
 
         return outcome(arguments.run_dir)
+    elif arguments.command == "estimate":
+        from pocl_dist.cluster.estimate.estimate import estimate
+
+        estimate(arguments.config, options_of(arguments))
     elif arguments.command == "launch":
         from pocl_dist.cluster.launch import launch
 

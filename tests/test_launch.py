@@ -23,8 +23,16 @@ REPOSITORY = Path(__file__).parents[1]
 SHAPE = ["launch.nodes=2", "launch.gpus_per_node=0", "launch.ranks_per_node=1"]
 # What the targets ask for beyond the shape; all is of the cluster, nothing of this machine.
 NEEDED = ["launch.hostfile=/cluster/hosts", "launch.master_address=node1"]
-# As many ranks, but on one node of a cluster that is there.
-OF_TARGET = {"ray": ["launch.nodes=1", "launch.ranks_per_node=2"]}
+# ray: as many ranks, but on one node of a cluster that is there. k8s: all lies on one volume.
+OF_TARGET = {
+    "ray": ["launch.nodes=1", "launch.ranks_per_node=2"],
+    "k8s": [
+        "launch.master_address=null",
+        "launch.k8s.image=registry.example/pocl-dist:1.0",
+        "launch.k8s.claim=shared",
+        "launch.k8s.mount_path=/nowhere",
+    ],
+}
 NOWHERE = ["data.train=/nowhere/train.jsonl", "models.teacher.path=/nowhere/teacher"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pocl_dist.distributed.memory import expected_bytes
+from pocl_dist.distributed.zero_bytes import expected_bytes
 from tests.ranks import run_ranks
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

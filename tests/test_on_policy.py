@@ -449,13 +449,11 @@ def test_a_policy_that_cannot_be_is_refused(tmp_path: Path, words: list[str], ke
 
 
 def test_a_policy_with_a_teacher_cache_is_refused(tmp_path: Path) -> None:
-    from pocl_dist.config.checks import _check_policy
-
-    path = write_config(tmp_path, Path("t"), Path("s"), Path("r"), policy={"mode": "mixed"})
-    config = load_config([path])
-    teacher = config.teacher.model_copy(update={"source": "cache_hidden"})
-    with pytest.raises(ConfigError, match=r"teacher\.source 'cache_hidden'"):
-        _check_policy(config.model_copy(update={"teacher": teacher}))
+    cached = {"source": "cache_hidden"}
+    where = (tmp_path, Path("t"), Path("s"), Path("r"))
+    path = write_config(*where, policy={"mode": "mixed"}, teacher=cached)
+    with pytest.raises(ConfigError, match=r"policy\.mode: .* teacher\.source 'cache_hidden'"):
+        load_config([path])
 
 
 def test_the_policy_is_part_of_what_a_resumed_run_must_share(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ def _start(root: Path, script: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=root,
+        # A shell cannot trap what was ignored when it started, as SIGHUP is below nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 

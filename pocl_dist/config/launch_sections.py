@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from pocl_dist.config.kubernetes_sections import KubernetesConfig
 from pocl_dist.config.section import Line, Section, Text
 from pocl_dist.config.slurm_sections import RayJobConfig, SlurmConfig
 
@@ -54,6 +55,8 @@ class LaunchConfig(Section):
     """Shell lines before every command of a job: `module load cuda`, `source venv/bin/activate`."""
     environment: dict[Variable, Line] = {}
     """Variables of every command and rank. No secrets: the config is kept in the run directory."""
+    k8s: KubernetesConfig = KubernetesConfig()
+    """Of the target k8s."""
     slurm: SlurmConfig = SlurmConfig()
     ray_job: RayJobConfig = RayJobConfig()
 

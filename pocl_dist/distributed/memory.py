@@ -1,49 +1,17 @@
-"""Bytes per rank of parameters, gradients and optimizer state: by formula, and as held."""
+"""Bytes of parameters, gradients and optimizer state that a student engine holds on this rank."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from pocl_dist.distributed.engine import inner_optimizer
+from pocl_dist.distributed.zero_bytes import HeldBytes
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-
-@dataclass(frozen=True)
-class HeldBytes:
-    """Bytes on one rank; activations and buffers of collectives are not among them."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-
-
-def expected_bytes(num_parameters: int, zero_stage: int, world_size: int) -> HeldBytes:
-    """Returns what AdamW in fp32 needs per rank (Rajbhandari et al., arXiv 1910.02054, section 5).
-
-    P parameters of 4 bytes, n ranks, two moments. DeepSpeed 0.19 updates a copy of a rank's part
-    also where weights are fp32 already, so the paper's 8 P / n of an fp32 optimizer are 12 P / n:
-
-    stage   parameters   gradients   optimizer
-    0       4 P          4 P         8 P
-    1       4 P          4 P         12 P / n
-    2       4 P          4 P / n     12 P / n
-    3       4 P / n      4 P / n     12 P / n
-    """
-    whole = 4 * num_parameters
-    part = -(-whole // world_size)
-    if zero_stage == 0:
-        return HeldBytes(whole, whole, 2 * whole)
-    return HeldBytes(
-        parameters=part if zero_stage == 3 else whole,
-        gradients=whole if zero_stage == 1 else part,
-        optimizer=3 * part,
-    )
 
 
 def held_bytes(engine: DeepSpeedEngine) -> HeldBytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from pocl_dist.config.chunk_size import tokens_per_chunk
 from pocl_dist.config.loss_names import temperature_scale
 from pocl_dist.errors import ConfigError
 from pocl_dist.losses.call import Objective, Tokens
@@ -19,18 +20,6 @@ from pocl_dist.losses.chunks import sum_over_chunks
 from pocl_dist.losses.compiled import BLOCK_COMPILER
 from pocl_dist.losses.registry import Divergence, get_divergence
 from pocl_dist.records import LMHead, TeacherOutput, TeacherTopK
-
-LOGITS_BYTES_PER_CHUNK = {"cpu": 48 * 2**20, "accelerator": 256 * 2**20}
-"""Default size of one model's fp32 logits of a chunk; student's and teacher's exist at once.
-
-Each chunk reads the head's weight twice and adds to its fp32 gradient, so few chunks are wanted.
-The element-wise part works on blocks of a chunk on a CPU, on whole chunks with some tensors of this
-size more on an accelerator. Measured for 1024 tokens of 49152 logits on two cores: 24 MiB 2.28 s,
-48 MiB 2.14 s, 96 MiB 2.07 s, the bare products 1.5 s.
-"""
-
-MIN_TOKENS_PER_CHUNK = 128
-"""Whatever the vocabulary: with fewer rows the products wait for the weight to be read."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,7 @@ def distillation_loss(
     backward. Gradients reach the student's hidden states, head weight and bias only. Without a
     teacher (plain SFT, kd_ratio 0) kd_loss_sum and kl_sum are 0. `teacher_top_k` stands in for the
     teacher's hidden states and head. Logits exist for `chunk_size` tokens at a time (default:
-    LOGITS_BYTES_PER_CHUNK) and are not kept for backward. `compile_mode` is `loss.compile`.
+    `config.chunk_size`) and are not kept for backward. `compile_mode` is `loss.compile`.
 
     Raises ValueError for values out of range and for shapes or vocabularies that do not agree.
     """
@@ -173,16 +162,7 @@ def _checked_tokens(
         if teacher.hidden_NH is None
         else replace(teacher, hidden_NH=teacher.hidden_NH.detach()),
         vocabulary_size=vocabulary_size,
-        chunk_size=_chunk_size(chunk_size, student_hidden_NH.device, vocabulary_size),
+        chunk_size=tokens_per_chunk(
+            chunk_size, vocabulary_size, is_cpu=student_hidden_NH.device.type == "cpu"
+        ),
     )
-
-
-def _chunk_size(asked: int | None, device: torch.device, vocabulary_size: int) -> int:
-    """Returns the tokens per chunk: what was asked for, or what LOGITS_BYTES_PER_CHUNK allows."""
-    if asked is None:
-        place = "cpu" if device.type == "cpu" else "accelerator"
-        num_tokens = LOGITS_BYTES_PER_CHUNK[place] // (4 * vocabulary_size)
-        return max(MIN_TOKENS_PER_CHUNK, num_tokens)
-    if asked < 1:
-        raise ValueError(f"chunk_size: {asked} must be at least 1")
-    return asked

@@ -18,6 +18,7 @@ SKIPPED = 77
 # A module here has PACKAGES (Debian) and main() -> exit code, and runs alone too: python -m.
 TESTS = {
     "deepspeed": "deepspeed_hosts",
+    "kubernetes": "kubernetes_pods",
     "ray": "ray_hosts",
     "slurm": "slurm_chain",
 }
