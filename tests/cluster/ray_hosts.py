@@ -127,7 +127,7 @@ def check(cluster: RayHosts, folder: Path) -> None:
     code = cluster.measure(undisturbed).wait()
     assert code == 0, f"the undisturbed pass ended with {code}"
     wanted = shards(undisturbed)
-    say(f"undisturbed pass: {len(wanted)} shards, {time.monotonic() - started:.0f} s")
+    say(f"undisturbed pass: {len(wanted)} files, {time.monotonic() - started:.0f} s")
 
     (folder / "driver.log").rename(folder / "undisturbed.log")
     started = time.monotonic()
@@ -138,7 +138,7 @@ def check(cluster: RayHosts, folder: Path) -> None:
     cluster.hosts.cut("h2")
     cluster.hosts.kill("h2")
     num_done = len(shards(disturbed))
-    say(f"h2 is dead, {num_done} of {len(wanted)} shards are saved")
+    say(f"h2 is dead, {num_done} of {len(wanted)} files are saved")
     assert num_done < len(wanted), "too late: everything was done"
     code = driver.wait()
     log = (folder / "driver.log").read_text()
@@ -147,7 +147,7 @@ def check(cluster: RayHosts, folder: Path) -> None:
     found = shards(disturbed)
     assert found.keys() == wanted.keys()
     assert all(found[name] == data for name, data in wanted.items()), "the files differ"
-    say(f"disturbed pass: {time.monotonic() - started:.0f} s, {len(found)} shards, all identical")
+    say(f"disturbed pass: {time.monotonic() - started:.0f} s, {len(found)} files, all identical")
     for line in log.splitlines():
         if "its actor died" in line:
             print(f"           {line.strip()[:150]}")
