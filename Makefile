@@ -14,7 +14,7 @@ help:
 	@echo "make check        ruff, mypy, audit, tests (what CI runs)"
 	@echo "make audit        compare the pinned versions with a list of known holes, offline"
 	@echo "make sbom         list what is installed in .venv (CycloneDX) in dist/sbom.json"
-	@echo "make chaos        kill, freeze, fill up and damage real runs, into docs/reliability.md (30 minutes)"
+	@echo "make chaos        kill, freeze, fill up and damage real runs, into docs/reliability.md (most of an hour)"
 	@echo "make cluster-test   launchers and schedulers over several hosts on this machine; root, Debian (20 minutes)"
 	@echo "make bench-env    install the tools we are compared with into .venv-bench"
 	@echo "make bench        time and memory against them, into benchmarks/RESULTS.md (under an hour)"

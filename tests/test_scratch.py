@@ -72,6 +72,13 @@ def test_a_damaged_cache_is_named_on_all_ranks_and_its_copy_never_used(tmp_path:
     assert not list((tmp_path / "scratch").rglob(f"{NAMES[3]}.*"))
 
 
+def test_a_damaged_description_is_named_on_all_ranks(tmp_path: Path) -> None:
+    cache = _write_cache(tmp_path / "cache")
+    (cache / f"{NAMES[1]}.json").write_text("{}")
+    for _, error in run_ranks_with_errors(_copy, 2, str(cache), str(tmp_path / "scratch"), 2, 2):
+        assert error[0] == "MismatchError" and f"{NAMES[1]}.json" in error[1]
+
+
 def test_a_scratch_disk_that_cannot_be_used_ends_all_ranks_with_its_key(tmp_path: Path) -> None:
     cache, scratch = _write_cache(tmp_path / "cache"), tmp_path / "scratch"
     scratch.write_text("a file")

@@ -47,7 +47,10 @@ def copy_to_node(folder: Path, scratch: Path, rank: Rank) -> Path:
     MismatchError (78) when the cache itself is damaged, StorageError (74) when a node's disk is too
     small, both on all ranks.
     """
-    entries = [read_entry(folder, name) for name in entry_names(folder)]
+    try:
+        entries = [read_entry(folder, name) for name in entry_names(folder)]
+    except ValueError as error:  # a damaged description, which all ranks read
+        raise MismatchError(f"{folder} is damaged; {REMEDY}:\n  {error}") from error
     made_of: list[JSONValue] = [[entry.name, entry.sha256] for entry in entries]
     target = scratch / "teacher_cache" / digest_of(made_of)[:16]
     _raise_problem(gather_texts(_prepare(target, entries), rank))
