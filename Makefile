@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env gpu-check lock image-test
+.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env docs docs-check gpu-check lock image-test
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
@@ -21,6 +21,8 @@ help:
 	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
 	@echo "make lock         write docker/requirements.*.txt again, from setup.py and constraints.txt"
 	@echo "make image-test   build the CPU image twice and distil inside of it, without a container engine (root, Debian)"
+	@echo "make docs         the documentation as a site in build/docs, warnings are errors"
+	@echo "make docs-check   run the commands of the documentation that need no GPU (ten minutes)"
 	@echo "make clean        remove .venv, build output and runs/quickstart"
 
 install: $(STAMP)
@@ -127,5 +129,22 @@ lock: $(UV)/.installed
 image-test: $(STAMP)
 	PYTHON=$(CURDIR)/$(BIN)/python docker/image_test.sh $(OVERRIDES)
 
+# The generator alone, and what `pocl_dist.config` needs: no torch. The site opens from file://, without a network.
+DOCS := .venv-docs
+DOCS_PACKAGES := sphinx myst-parser furo pydantic pyyaml
+
+$(DOCS)/.installed: Makefile constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS_PACKAGES)
+	@touch $@
+
+docs: $(DOCS)/.installed
+	PYTHONPATH=$(CURDIR) $(DOCS)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
+# NAMES="quickstart data" runs the commands of some pages.
+docs-check: $(STAMP)
+	$(BIN)/python -m tests.docs_run $(NAMES)
+
 clean:
-	rm -rf $(VENV) $(BENCH) $(SBOM) $(UV) build dist *.egg-info runs/quickstart
+	rm -rf $(VENV) $(BENCH) $(SBOM) $(UV) $(DOCS) build dist *.egg-info runs/quickstart
