@@ -21,7 +21,7 @@ _FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTA
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. `kind` is run, needs or checked; `need` what it needs, else `tiny` or ''."""
+    """One fenced block. `kind` is run, needs or checked; `need` says what it needs."""
 
     page: Path
     line: int
@@ -63,5 +63,8 @@ def blocks_of(page: Path) -> Iterator[Block]:
 def command_blocks() -> list[Block]:
     """Returns all blocks of commands of all pages."""
     return [
-        block for page in pages() for block in blocks_of(page) if block.language in COMMAND_LANGUAGES
+        block
+        for page in pages()
+        for block in blocks_of(page)
+        if block.language in COMMAND_LANGUAGES
     ]

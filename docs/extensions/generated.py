@@ -48,7 +48,7 @@ def _bounds(metadata: list[object]) -> list[str]:
         inner = item.metadata if isinstance(item, FieldInfo) else [item]
         for part in inner:
             found += [
-                f"{sign} {getattr(part, name):g}"
+                f"{sign} {getattr(part, name)}"
                 for name, sign in _BOUNDS
                 if getattr(part, name, None) is not None
             ]
@@ -116,11 +116,12 @@ def _section_text(section: type[BaseModel], prefix: str, effects: dict[str, str]
             nested.append((key, inner[0], field))
             continue
         effect = effects.get(key, effects.get(key.partition(".")[0], ""))
-        yield f"`{key}`{{#{key}}}\n: {_type(field.annotation, field.metadata)}; {_default(field)}\n"
+        name = f"`{key}`{{#{key.replace('.', '-')}}}"
+        yield f"{name}\n: {_type(field.annotation, field.metadata)}; {_default(field)}\n"
         if field.description:
             yield f"  {_plain(field.description)}\n"
         if effect:
-            yield f"  *When a run goes on:* {effect}.\n"
+            yield f"  *Changed later:* {effect}.\n"
     for key, kind, field in nested:
         yield f"{'#' * (2 + key.count('.'))} {key}\n"
         yield _plain(field.description or kind.__doc__) + "\n"
