@@ -131,7 +131,7 @@ image-test: $(STAMP)
 
 # The generator alone, and what `pocl_dist.config` needs: no torch. The site opens from file://, without a network.
 DOCS := .venv-docs
-DOCS_PACKAGES := sphinx myst-parser furo pydantic pyyaml
+DOCS_PACKAGES := sphinx myst-parser furo ziamath pydantic pyyaml
 
 $(DOCS)/.installed: Makefile constraints.txt
 	$(PYTHON) -m venv $(DOCS)

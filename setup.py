@@ -51,7 +51,7 @@ setup(
         # `ray job submit` and KubeRay: the job server that the passes alone do not need
         "cluster": ["ray[default]>=2.59"],
         # the documentation's generator and theme: docs/decisions/documentation.md
-        "docs": ["sphinx>=8.2", "myst-parser>=5", "furo>=2025.12.19"],
+        "docs": ["sphinx>=8.2", "myst-parser>=5", "furo>=2025.12.19", "ziamath>=0.13"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

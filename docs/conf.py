@@ -13,14 +13,14 @@ author = "the authors of pocl_dist"
 project_copyright = "Apache-2.0"
 version = release = __version__
 
-# `generated` fills in what the code knows, `mathml` writes formulas without a script: the pages
+# `generated` fills in what the code knows, `formulas` draws TeX: the pages need no script for it and
 # open from file:// on a machine without a network.
-extensions = ["myst_parser", "generated", "mathml"]
+extensions = ["myst_parser", "generated", "formulas"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["extensions", "static"]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-html_math_renderer = "mathml"
+html_math_renderer = "svg"
 
 html_theme = "furo"
 html_title = f"pocl_dist {version}"
