@@ -13,8 +13,8 @@ author = "the authors of pocl_dist"
 project_copyright = "Apache-2.0"
 version = release = __version__
 
-# `generated` fills in what the code knows, `formulas` draws TeX: the pages need no script for it and
-# open from file:// on a machine without a network.
+# `generated` fills in what the code knows, `formulas` draws TeX: no page needs a script for it, so
+# all of them open from file:// on a machine without a network.
 extensions = ["myst_parser", "generated", "formulas"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["extensions", "static"]
@@ -28,6 +28,7 @@ html_static_path = ["static"]
 html_css_files = ["pages.css"]
 html_copy_source = False
 html_show_copyright = False
+html_show_search_summary = False  # a browser fetches no pages for it from file://
 html_theme_options = {"navigation_with_keys": True}
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
