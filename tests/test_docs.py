@@ -16,6 +16,7 @@ from pocl_dist.config.loss_names import LOSSES
 from pocl_dist.losses import get_divergence
 from pocl_dist.pipeline.resume_rules import schema_keys
 from tests.docs_blocks import DOCS, REPOSITORY, blocks_of, pages
+from tests.test_layers import LAYERS
 
 sys.path.insert(0, str(DOCS / "extensions"))
 import generated
@@ -130,6 +131,11 @@ def test_every_yaml_block_of_the_pages_is_a_config(tmp_path: Path) -> None:
                 path = tmp_path / "block.yaml"
                 path.write_text(block.text, encoding="utf-8")
                 load_config(["configs/tiny_cpu.yaml", path])
+
+
+def test_the_layers_of_the_architecture_page_are_those_of_the_test_of_the_imports() -> None:
+    told = [set(re.findall(r"`(\w+)/?`", line)) for line in generated.layers().splitlines()[2:]]
+    assert told == [set(row) for row in reversed(LAYERS)]
 
 
 # ------------------------------------------------------------------------------------------- errors

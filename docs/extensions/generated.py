@@ -193,12 +193,29 @@ def modules() -> str:
     )
 
 
+def layers() -> str:
+    """Returns the layers of the house, the upper first, as the test of the imports has them."""
+    tree = ast.parse((DOCS.parent / "tests" / "test_layers.py").read_text(encoding="utf-8"))
+    (value,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "LAYERS"
+    )
+    assert value is not None
+    lines = ["| layer | holds |", "|---|---|"]
+    for number, units in reversed(list(enumerate(ast.literal_eval(value)))):
+        names = (f"`{unit}/`" if (PACKAGE / unit).is_dir() else f"`{unit}`" for unit in units)
+        lines.append(f"| {number} | {' '.join(names)} |")
+    return "\n".join(lines) + "\n"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "config-reference": config_reference,
     "exit-codes": exit_codes,
     "commands": commands,
     "losses": losses,
     "modules": modules,
+    "layers": layers,
 }
 
 
