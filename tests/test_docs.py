@@ -115,6 +115,15 @@ def test_every_link_between_pages_leads_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+def test_every_page_stands_in_the_navigation() -> None:
+    listed = re.findall(
+        r"^(?:.* <)?([\w-]+)>?$", (DOCS / "index.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    alone = {"index", "modules"}  # the second is linked from architecture.md
+    missing = {page.stem for page in DOCS.glob("*.md")} - set(listed) - alone
+    assert not missing, "add them to a toctree of docs/index.md"
+
+
 def test_every_part_of_another_file_that_a_page_includes_is_there() -> None:
     for page in sorted(DOCS.rglob("*.md")):
         text = page.read_text(encoding="utf-8")
