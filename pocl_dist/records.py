@@ -123,7 +123,7 @@ class DifficultyRecord(JSONRecord):
 
 @dataclass(frozen=True)
 class RankedExample(JSONRecord):
-    """One example after reciprocal rank fusion; ranks start at 1, ties share the mean rank."""
+    """One row of `difficulty/ranking.parquet`; ranks start at 1, ties share the mean rank."""
 
     example_id: str
     rouge_l: float
@@ -149,7 +149,7 @@ class Stage(JSONRecord):
 class Plan:
     """The ranking, easy to hard, and the stages that are cut from it; what `plan.json` holds."""
 
-    ranking: tuple[str, ...]
+    ranking: Sequence[str]
     stages: tuple[Stage, ...]
 
 

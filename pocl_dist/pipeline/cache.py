@@ -24,7 +24,7 @@ from pocl_dist.pipeline.cache_inputs import (
 )
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source, teacher_source
 from pocl_dist.pipeline.launch_local import is_distilled, launch_ranks
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.records import EncodedExample

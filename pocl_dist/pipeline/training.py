@@ -33,7 +33,7 @@ from pocl_dist.pipeline.inputs import (
     student_source,
     teacher_source,
 )
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.run_lock import check_not_fenced
 from pocl_dist.pipeline.status import TrainingStatus

@@ -21,9 +21,11 @@ from pocl_dist.pipeline import (
     difficulty_files,
     generated_files,
     plan,
+    plan_files,
     verify_result,
 )
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.scores import read_scores
 from pocl_dist.pipeline.verify_records import Chain, Record, differing, same
 from pocl_dist.teacher.cache_files import HEAD, read_entry
 
@@ -47,13 +49,12 @@ def _difficulty(chain: Chain) -> Iterator[str]:
 def _plan(chain: Chain) -> Iterator[str]:
     if "plan.json" not in chain.sha256:
         return
-    plan.read_plan(chain.run.plan)  # its digest, and the ranking beside it
+    plan_files.read_plan(chain.run.plan)  # its digest, and the ranking beside it
     inputs = cast("Record", chain.record("plan.json")["inputs"])
     yield from differing("plan.json", inputs, plan.config_keys(chain.config), "config.yaml")
     if not needs_difficulty(chain.config):
         return
-    records = difficulty_files.read_records(chain.run.difficulty)
-    if inputs.get("difficulty sha256") != plan.scores_digest(records):
+    if inputs.get("difficulty sha256") != read_scores(chain.run.difficulty).digest():
         yield "plan.json: was made from other scores than those in difficulty/"
     key, source = "data.train sha256", "difficulty/inputs.json"
     yield same("plan.json", key, inputs, source, key, chain.record(source))
@@ -89,7 +90,7 @@ def _cache(chain: Chain) -> Iterator[str]:
     name = "teacher_cache/inputs.json"
     if name not in chain.sha256 or not chain.config.teacher.source.startswith("cache_"):
         return
-    expected = cache_inputs.config_keys(chain.config, plan.read_plan(chain.run.plan))
+    expected = cache_inputs.config_keys(chain.config, plan_files.read_plan(chain.run.plan))
     yield from differing(name, chain.record(name), expected, "config.yaml and plan.json")
     inputs, key = cast("Record", chain.record("plan.json")["inputs"]), "data.train sha256"
     yield same(name, key, chain.record(name), "plan.json", key, inputs)
