@@ -62,16 +62,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def sha256_start(path: Path, num_bytes: int) -> str:
-    """Returns the hex sha256 of the first `num_bytes` of a file, read in pieces."""
-    found = hashlib.sha256()
-    with path.open("rb") as handle:
-        while num_bytes and (piece := handle.read(min(num_bytes, 1 << 20))):
-            found.update(piece)
-            num_bytes -= len(piece)
-    return found.hexdigest()
-
-
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
@@ -83,34 +73,6 @@ def canonical_json(value: JSONValue) -> str:
 def digest_of(value: JSONValue) -> str:
     """Returns a sha256 over the canonical JSON of `value`: equal values, equal digests."""
     return sha256_bytes(canonical_json(value).encode())
-
-
-class ListDigest:
-    """The `digest_of` a list that comes item by item and is never held as a whole."""
-
-    def __init__(self, before: str = "") -> None:
-        self._hash = hashlib.sha256(f"{before}[".encode())
-        self._is_empty = True
-
-    def add(self, item: JSONValue) -> None:
-        """Takes the next item."""
-        self.extend([item])
-
-    def extend(self, items: list[JSONValue]) -> None:
-        """Takes the next items: many at once are quicker than each by itself."""
-        if items:
-            comma = "" if self._is_empty else ","
-            self._hash.update(f"{comma}{_CANONICAL.encode(items)[1:-1]}".encode())
-            self._is_empty = False
-
-    def hexdigest(self, after: str = "") -> str:
-        """Returns the digest of the list of what was taken.
-
-        `before` and `after` are JSON around the list, where it is part of a larger value.
-        """
-        whole = self._hash.copy()
-        whole.update(f"]{after}".encode())
-        return whole.hexdigest()
 
 
 def free_bytes(path: Path) -> int:

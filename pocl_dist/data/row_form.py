@@ -59,9 +59,7 @@ def _text(row: Mapping[str, object], name: str, can_be_empty: bool = False) -> s
     if value is None:
         if can_be_empty and name not in row:
             return ""
-        raise BadRowError(
-            f"lacks field {name!r}" if name not in row else f"field {name!r} is null"
-        )
+        raise BadRowError(f"lacks field {name!r}" if name not in row else f"field {name!r} is null")
     if not isinstance(value, str):
         raise BadRowError(f"field {name!r} is {type(value).__name__}, expected text")
     if _UNUSABLE.search(value):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,12 +13,14 @@ from pocl_dist.data.sources import BadRow, RowPolicy, Rows, digest_item, usable_
 from pocl_dist.errors import MismatchError, MissingInputError
 from pocl_dist.files import (
     JSONValue,
-    ListDigest,
     atomic_write_json,
+    digest_of,
+    json_text,
     new_folder,
     read_json,
     sha256_file,
 )
+from pocl_dist.list_digest import ListDigest
 
 _INDEX = "index.json"
 _FORMAT = 1
@@ -37,7 +39,7 @@ class _Index:
 
     def to_json(self) -> dict[str, JSONValue]:
         bad: list[JSONValue] = [[row.row, row.reason] for row in self.bad_rows]
-        return {
+        value: dict[str, JSONValue] = {
             "format": _FORMAT,
             "source": self.source,
             "limit": self.limit,
@@ -46,6 +48,16 @@ class _Index:
             "digest": self.digest,
             "sha256": dict(self.sha256),
         }
+        return {**value, "own digest": digest_of(value)}
+
+    def damaged_files(self, sha256_of: Callable[[Path], str], folder: Path) -> list[Path]:
+        """Returns the files beside it that are missing or not as they were written."""
+        paths = [folder / name for name in FILES]
+        return [
+            path
+            for path in paths
+            if not path.exists() or sha256_of(path) != self.sha256.get(path.name)
+        ]
 
 
 def index_rows(source: str, key: str, folder: Path, policy: RowPolicy) -> Rows:
@@ -102,16 +114,12 @@ def _read_into(folder: Path, stream: RowStream, policy: RowPolicy) -> Rows:
 
 
 def _read_index(folder: Path) -> _Index | None:
-    """Returns what was written, None for nothing, for another version's and for a damaged one."""
-    if not (folder / _INDEX).exists():
-        return None
+    """Returns what was written; None for nothing, another version's or one that is damaged."""
+    path = folder / _INDEX
     try:
-        value = read_json(folder / _INDEX)
-        if value["format"] != _FORMAT:
-            return None
-        source = str(value["source"])
-        bad = cast("Sequence[tuple[int, str]]", value["bad_rows"])
-        return _Index(
+        value = read_json(path)
+        source, bad = str(value["source"]), cast("list[tuple[int, str]]", value["bad_rows"])
+        index = _Index(
             source,
             cast("int | None", value["limit"]),
             value["seal"],
@@ -119,8 +127,16 @@ def _read_index(folder: Path) -> _Index | None:
             str(value["digest"]),
             dict(cast("dict[str, str]", value["sha256"])),
         )
-    except (KeyError, TypeError, ValueError):
+        is_whole = json_text(index.to_json()) == path.read_text(encoding="utf-8")
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None
+    return index if is_whole else None
+
+
+def damaged_files(folder: Path, sha256_of: Callable[[Path], str]) -> list[Path]:
+    """Returns the files of a folder that `index_rows` wrote which are not as they were written."""
+    index = _read_index(folder)
+    return [folder / _INDEX] if index is None else index.damaged_files(sha256_of, folder)
 
 
 def _difference(found: _Index, folder: Path, stream: RowStream, limit: int | None) -> str:
@@ -132,9 +148,5 @@ def _difference(found: _Index, folder: Path, stream: RowStream, limit: int | Non
         return f"{folder} holds the rows of {found.source} (limit {found.limit})"
     if not stream.is_sealed(found.seal):
         return f"{stream.source} was changed since its rows were read"
-    damaged = [
-        name
-        for name in FILES
-        if not (folder / name).exists() or sha256_file(folder / name) != found.sha256.get(name)
-    ]
-    return f"{folder / damaged[0]} is damaged (sha256 differs)" if damaged else ""
+    damaged = found.damaged_files(sha256_file, folder)
+    return f"{damaged[0]} is damaged (sha256 differs)" if damaged else ""

@@ -6,6 +6,7 @@ lines without naming them, so files are read here, strictly; hub ids go through 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pocl_dist.data.row_form import MAX_ROW_BYTES, BadRowError, parse_line
 from pocl_dist.errors import DataError, MissingInputError, UnavailableError
-from pocl_dist.files import JSONValue, package_file, sha256_file, sha256_start
+from pocl_dist.files import JSONValue, package_file, sha256_file
 
 if TYPE_CHECKING:
     import datasets
@@ -39,6 +40,16 @@ class RowStream(Protocol):
     def is_sealed(self, seal: JSONValue) -> bool:
         """Returns whether the source still holds what the seal was made of."""
         ...
+
+
+def _sha256_start(path: Path, num_bytes: int) -> str:
+    """Returns the hex sha256 of the first `num_bytes` of a file, read in pieces."""
+    found = hashlib.sha256()
+    with path.open("rb") as handle:
+        while num_bytes and (piece := handle.read(min(num_bytes, 1 << 20))):
+            found.update(piece)
+            num_bytes -= len(piece)
+    return found.hexdigest()
 
 
 class JsonlRows:
@@ -73,7 +84,7 @@ class JsonlRows:
     def seal(self) -> JSONValue:
         """Returns the size of the part that was read, whether it is all, and its sha256."""
         is_all = self._num_read == self._path.stat().st_size
-        return [self._num_read, is_all, sha256_start(self._path, self._num_read)]
+        return [self._num_read, is_all, _sha256_start(self._path, self._num_read)]
 
     def is_sealed(self, seal: JSONValue) -> bool:
         """Returns whether the file still begins with that, and ends with it if it did."""
@@ -82,7 +93,7 @@ class JsonlRows:
             return False
         size = self._path.stat().st_size
         is_as_long = size == num_bytes if is_all else size >= num_bytes
-        return is_as_long and [num_bytes, is_all, sha256_start(self._path, num_bytes)] == seal
+        return is_as_long and [num_bytes, is_all, _sha256_start(self._path, num_bytes)] == seal
 
 
 class ParquetRows:

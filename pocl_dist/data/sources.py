@@ -10,9 +10,10 @@ from pocl_dist.data.columns import text_array
 from pocl_dist.data.row_file import RowFile
 from pocl_dist.data.row_form import BadRowError, parse_row
 from pocl_dist.data.row_ids import ParsedRow, RowIds, content_of
-from pocl_dist.data.row_streams import Numbered, RowStream, open_rows
+from pocl_dist.data.row_streams import RowStream, open_rows
 from pocl_dist.errors import DataError
-from pocl_dist.files import JSONValue, ListDigest
+from pocl_dist.files import JSONValue
+from pocl_dist.list_digest import ListDigest
 from pocl_dist.records import Example
 
 if TYPE_CHECKING:

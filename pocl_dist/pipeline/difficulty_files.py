@@ -3,7 +3,7 @@
 inputs.json        what the scores are made from; written before the first shard
 shard-00017.parquet  DifficultyRecords, sealed; the number is that of the shard's first batch
 quarantine.jsonl   rows without a finite score, or that cannot be worked on, and why
-ranking.parquet    RankedExamples, easy to hard; written by plan
+ranking.parquet    scores, ranks and fused score of each row, easy to hard; written by plan
 summary.json       counts and means; written last
 """
 
@@ -105,15 +105,17 @@ def write_difficulty(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def numbers(name: str, dtype: type[np.number]) -> pa.Array:
+        values = [getattr(record, name) for record in records]
+        return number_array(np.array(values, dtype=dtype))
+
     buffer = io.BytesIO()
     pq.write_table(
         pa.table(
             {
                 "example_id": text_array(r.example_id for r in records).cast(pa.string()),
-                **{s: number_array(np.array([getattr(r, s) for r in records])) for s in SIGNALS},
-                "num_response_tokens": number_array(
-                    np.array([record.num_response_tokens for record in records], dtype=np.int64)
-                ),
+                **{s: numbers(s, np.float64) for s in SIGNALS},
+                "num_response_tokens": numbers("num_response_tokens", np.int64),
                 "answer": text_array(r.answer for r in records).cast(pa.string()),
             }
         ),

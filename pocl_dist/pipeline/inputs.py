@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config, ModelConfig, StudentConfig, select_keys
-from pocl_dist.data.sets import check_enough
 from pocl_dist.data.row_index import index_rows, open_index
+from pocl_dist.data.sets import check_enough
 from pocl_dist.data.sources import RowPolicy, Rows, read_rows
 from pocl_dist.errors import RefusedError
 from pocl_dist.files import (

@@ -131,7 +131,7 @@ def _rank(config: Config, run: RunDirectory, rows: Rows) -> _Ranked:
 
 
 def _write_ranking(path: Path, ranked: _Ranked) -> None:
-    """Writes all that the ranking comes from, as RankedExamples, easy to hard."""
+    """Writes what the ranking comes from, easy to hard: scores, ranks (from 1), fused score."""
     scores, fused = ranked.scores, ranked.fused
 
     def columns_of(part: slice) -> dict[str, pa.Array]:

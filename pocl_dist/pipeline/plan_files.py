@@ -14,8 +14,8 @@ from pocl_dist.data.columns import (
     Texts,
     join,
     number_array,
+    numbers_of,
     places_in,
-    take,
     text_array,
     write_columns,
 )
@@ -23,7 +23,6 @@ from pocl_dist.data.sources import Rows
 from pocl_dist.errors import MismatchError, MissingInputError
 from pocl_dist.files import (
     JSONValue,
-    ListDigest,
     atomic_write_json,
     canonical_json,
     digest_of,
@@ -31,6 +30,7 @@ from pocl_dist.files import (
     sha256_file,
 )
 from pocl_dist.guards import inside
+from pocl_dist.list_digest import ListDigest
 from pocl_dist.records import Plan, Stage
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class RankingFile(Texts):
         rows = np.empty(len(self), dtype=np.int32)
         start = 0
         for batch in self._batches(_ROW):
-            rows[start : start + len(batch)] = batch.to_numpy()
+            rows[start : start + len(batch)] = numbers_of(batch)
             start += len(batch)
         return rows
 
@@ -122,13 +122,13 @@ def plan_digest(plan: Plan) -> str:
     return digest.hexdigest(after=f",{canonical_json(stages)}]")
 
 
-def write_plan(
-    path: Path, plan: Plan, rows: np.ndarray, inputs: Mapping[str, JSONValue]
-) -> None:
+def write_plan(path: Path, plan: Plan, rows: np.ndarray, inputs: Mapping[str, JSONValue]) -> None:
     """Writes `plan.json`; `rows` are the places of the ranked examples among the training rows."""
     stages = [stage.to_json() for stage in plan.stages]
-    ranking: dict[str, object] = {"ranking": list(plan.ranking)}
-    if len(plan.ranking) > MAX_RANKING_IN_JSON:
+    ranking: dict[str, object]
+    if len(plan.ranking) <= MAX_RANKING_IN_JSON:
+        ranking = {"ranking": list(plan.ranking)}
+    else:
         file, texts = path.with_name(RANKING_FILE), cast("TextColumn", plan.ranking).texts
         write_columns(
             file, len(rows), lambda part: {_ID: texts[part], _ROW: number_array(rows[part])}

@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pocl_dist.data.columns import TextColumn, are_equal, is_in, join, order_of, slices, take
-from pocl_dist.data.columns import text_array
+from pocl_dist.data.columns import (
+    TextColumn,
+    are_equal,
+    is_in,
+    join,
+    numbers_of,
+    order_of,
+    slices,
+    take,
+    text_array,
+)
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.signals import SIGNALS
 from pocl_dist.errors import DataError, MissingInputError
-from pocl_dist.files import JSONValue, ListDigest
+from pocl_dist.files import JSONValue
+from pocl_dist.list_digest import ListDigest
 from pocl_dist.pipeline.difficulty_files import read_quarantine, read_shards
 
 if TYPE_CHECKING:
@@ -52,7 +62,7 @@ def read_scores(folder: Path) -> Scores:
         ends.append(ends[-1] + len(table))
         ids += [chunk.cast(pa.large_string()) for chunk in table.column("example_id").chunks]
         for name in SIGNALS:
-            parts[name].append(np.asarray(table.column(name).to_numpy()))
+            parts[name] += map(numbers_of, table.column(name).chunks)
     joined = join(ids)
     ids.clear()
     order = order_of(joined)

@@ -14,6 +14,7 @@ from typing import cast
 
 from pocl_dist.config import load_config
 from pocl_dist.config.steps import needs_difficulty
+from pocl_dist.data.row_index import damaged_files
 from pocl_dist.data.sources import read_rows
 from pocl_dist.errors import PoclError
 from pocl_dist.pipeline import (
@@ -37,6 +38,15 @@ def _shards(chain: Chain) -> Iterator[str]:
         shard = seal.removesuffix(SHARD_SEAL)
         if chain.record(seal).get("sha256") != chain.sha256.get(shard):
             yield f"{shard}: is not what {seal} says"
+
+
+def _rows(chain: Chain) -> Iterator[str]:
+    def sha256_of(path: Path) -> str:
+        return chain.sha256.get(path.relative_to(chain.run.root).as_posix(), "")
+
+    for name in sorted({name.split("/")[1] for name in chain.names("rows/")}):
+        for path in damaged_files(chain.run.rows / name, sha256_of):
+            yield f"{path.relative_to(chain.run.root).as_posix()}: is not what was written"
 
 
 def _difficulty(chain: Chain) -> Iterator[str]:
@@ -98,6 +108,7 @@ def _cache(chain: Chain) -> Iterator[str]:
 
 _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
     ("shards", _shards),
+    ("rows", _rows),
     ("difficulty", _difficulty),
     ("plan.json", _plan),
     ("generated", _generated),
