@@ -91,7 +91,8 @@ def write_row_file(folder: Path, rows: Iterable[ParsedRow]) -> Iterator[Example]
         for row in rows:
             assert isinstance(row.example, Example), "only usable rows are kept"
             name = row.example.example_id
-            line_end += lines.write(f"[{json.dumps(name)}, {row.content[1:]}\n".encode())
+            quoted = f'"{name}"' if name.isascii() and name.isalnum() else json.dumps(name)
+            line_end += lines.write(f"[{quoted}, {row.content[1:]}\n".encode())
             id_end += ids.write(name.encode())
             line_ends.append(line_end)
             id_ends.append(id_end)

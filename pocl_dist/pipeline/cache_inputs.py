@@ -55,8 +55,7 @@ def cache_inputs(
 ) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the cached values depend on."""
     tokens = ListDigest()
-    for row in examples:
-        tokens.add([row.example_id, content_hash(row)])
+    tokens.extend([row.example_id, content_hash(row)] for row in examples)
     return {
         **config_keys(config, plan),
         **model_inputs("models.teacher model", teacher),

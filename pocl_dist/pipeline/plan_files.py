@@ -116,8 +116,7 @@ def ranked_rows(plan: Plan, rows: Rows) -> np.ndarray:
 def plan_digest(plan: Plan) -> str:
     """Returns `digest.plan` of a checkpoint's inputs: the `digest_of` [ranking, stages]."""
     digest = ListDigest(before="[")
-    for part in plan.ranking.parts() if isinstance(plan.ranking, Texts) else [plan.ranking]:
-        digest.extend(list[JSONValue](part))
+    digest.extend(plan.ranking)
     stages: list[JSONValue] = [cast("JSONValue", stage.to_json()) for stage in plan.stages]
     return digest.hexdigest(after=f",{canonical_json(stages)}]")
 

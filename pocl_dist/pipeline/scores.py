@@ -44,7 +44,7 @@ class Scores:
         for part in slices(len(self.ids)):
             values = [self.columns[name][part].tolist() for name in ("rouge_l", "cross_entropy")]
             rows = zip(self.ids[part].to_pylist(), *values, strict=True)
-            found.extend([list[JSONValue](row) for row in rows])
+            found.extend(list[JSONValue](row) for row in rows)
         return found.hexdigest()
 
 
