@@ -18,6 +18,7 @@ from pocl_dist.data.sources import RowPolicy, Rows, read_rows
 from pocl_dist.errors import DataError, MismatchError, MissingInputError
 from pocl_dist.files import digest_of, sha256_bytes
 
+HASH = sha256_bytes(json.dumps(["a", "", ["x"], []]).encode())[:16]  # the id of a row without one
 QUARANTINE = RowPolicy(None, "quarantine", 1000)
 
 
@@ -25,15 +26,14 @@ def mixed_rows(seed: int, num_rows: int) -> Iterator[dict[str, object]]:
     """Yields rows of every form; many are identical, some ids stand twice, some rows are bad."""
     generator = random.Random(seed)
     for _ in range(num_rows):
-        text = generator.choice("aé한\u2028")
-        row: dict[str, object] = {
-            "instruction": text,
-            "output": generator.choice(["x", ["y", "z"]]),
-        }
+        text = generator.choice(["a", "é", "한", "b\u2028c"])
+        output = generator.choice(["x", ["y", "z"]])
+        row: dict[str, object] = {"instruction": text, "output": output}
         turns = [{"role": r, "content": text} for r in ("system", "user", "assistant")]
         row = generator.choice([row, row, {"messages": turns}, {"prompt": text, "response": "\n"}])
         if generator.random() < 0.3:
-            row["id"] = generator.choice(["one", 'a "quoted" one', "é", *map(str, range(40))])
+            names = ["one", 'a "quoted" one', "é", HASH, f"{HASH}-2", *map(str, range(40))]
+            row["id"] = generator.choice(names)
         yield row
 
 

@@ -50,7 +50,7 @@ class FirstRows:
         for run_keys, run_rows in self._runs:
             at = np.minimum(np.searchsorted(run_keys, wanted), len(run_keys) - 1)
             found = np.where(run_keys[at] == wanted, run_rows[at], found)
-        return found.tolist()  # type: ignore[no-any-return]
+        return found.tolist()
 
     def add(self, row_of_key: dict[int, int]) -> None:
         """Adds keys that were not seen before."""

@@ -101,7 +101,7 @@ def rows_of_scores(scores: Scores, rows: Rows, folder: Path) -> np.ndarray:
     ids = rows.ids()
     is_left_out = is_in(ids, text_array(read_quarantine(folder)))
     order = order_of(ids)
-    expected = order[~is_left_out[order]]
+    expected: np.ndarray = order[~is_left_out[order]]
     del order
     if len(expected) != len(scores.ids) or not all(
         are_equal(scores.ids[part], take(ids, expected[part])).all()
