@@ -164,9 +164,7 @@ class OpenShards(Mapping[str, WorkShard]):
         is_open = ~np.logical_and.reduceat((is_done | is_left_out)[in_order], starts)
         num_asked = np.add.reduceat((~is_left_out)[in_order].astype(np.int64), starts)
         batches = np.flatnonzero(is_open)
-        # Alone, the last batch is as large as a batch gets.
-        largest = min(batch_size, len(in_order) - starts[batches[0]]) if len(batches) else 1
-        per_shard = -(-shard_size // int(largest))
+        per_shard = -(-shard_size // batch_size)
         cuts = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
         self._batches = {_name(int(cut[0])): cut for cut in reversed(cuts)}
         self.sizes = {name: int(num_asked[cut].sum()) for name, cut in self._batches.items()}
