@@ -22,7 +22,7 @@ from pocl_dist.pipeline import plan_files
 from pocl_dist.pipeline.difficulty_files import config_inputs, not_finite, write_difficulty
 from pocl_dist.pipeline.inputs import read_train
 from pocl_dist.pipeline.plan import make_plan
-from pocl_dist.pipeline.plan_files import plan_digest, ranked_rows, read_plan
+from pocl_dist.pipeline.plan_files import RankingFile, plan_digest, ranked_rows, read_plan
 from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord
@@ -270,6 +270,10 @@ def test_a_long_ranking_lies_in_a_file_of_its_own(
     with pytest.raises(MismatchError, match="the plan was made for other rows"):
         ranked_rows(read_plan(run.plan), replace(rows, digest="0"))
     file = run.root / value["ranking_file"]
+    earlier = tmp_path / "earlier.parquet"
+    pq.write_table(pq.read_table(file).select(["example_id"]), earlier)
+    with pytest.raises(MismatchError, match=r"earlier\.parquet was made by an earlier version"):
+        RankingFile(earlier, NUM_ROWS, rows.digest).rows()
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(MismatchError, match=r"plan-ranking\.parquet was changed"):
         read_plan(run.plan)

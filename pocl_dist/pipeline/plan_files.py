@@ -80,7 +80,17 @@ class RankingFile(Texts):
             yield batch.to_pylist()
 
     def rows(self) -> np.ndarray:
-        """Returns the places, int32, in the order of the ranking."""
+        """Returns the places, int32, in the order of the ranking.
+
+        Raises MismatchError (78) for the file of an earlier version, which held ids alone.
+        """
+        import pyarrow.parquet as pq
+
+        if _ROW not in pq.read_schema(self._path).names:
+            raise MismatchError(
+                f"{self._path} was made by an earlier version, without the places of its rows; "
+                "remove plan.json and plan again: the same plan comes out"
+            )
         rows = np.empty(len(self), dtype=np.int32)
         start = 0
         for batch in self._batches(_ROW):
