@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from pocl_dist.records import EncodedExample, Example
 from tests.fixtures_models import write_varied_rows
 from tests.ranks import run_ranks_with_errors
 
+REFUSED = "row 'row-003': the chat template refuses its messages"
 STUDENT = Path(train_rows.__file__).parents[1] / "bundled" / "student"
 
 
@@ -58,32 +61,31 @@ class RefusesARow(Encoder):
     def encode(self, example: Example) -> EncodedExample:
         """Encodes, or not."""
         if example.example_id == "row-003":
-            raise DataError("row 'row-003': the chat template refuses its messages")
+            raise DataError(REFUSED)
         return super().encode(example)
 
 
-def _check(folder: str, refuses: bool) -> int:
+def _check(folder: str, refuses: bool) -> tuple[int, str]:
     rank = join_process_group(60)
     rows = index_rows(f"{folder}/train.jsonl", "data.train", Path(folder) / "index", RowPolicy())
-    made = encoder()
     kind = RefusesARow if refuses else Encoder
-    chosen = kind(made.tokenizer, made.template, 12, 10)
+    chosen = kind(encoder().tokenizer, "short", 20, 13)
     examples = EncodedRows(rows, chosen, np.arange(24, dtype=np.int32))
-    check_rows(examples, rank)
-    return len(examples._kept)
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        check_rows(examples, rank)
+    return len(examples._kept), told.getvalue()
 
 
-def test_ranks_check_a_share_each_and_all_of_them_hear_of_a_bad_row(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_ranks_check_a_share_each_and_all_of_them_hear_of_a_bad_row(tmp_path: Path) -> None:
     rows = rows_of(tmp_path)
-    cut = [Encoder(encoder().tokenizer, "short", 12, 10).encode(row) for row in rows.examples]
-    results = run_ranks_with_errors(_check, 2, str(tmp_path), False)
-    assert [value for value, _ in results] == [12, 12], results
-    num_prompts, num_responses = (
-        sum(row.is_prompt_cut for row in cut), sum(row.is_response_cut for row in cut)
-    )  # fmt: skip
-    told = f"train: {num_prompts} prompts and {num_responses} responses cut, of 24 rows"
-    assert num_prompts > 5 and capfd.readouterr().out.count(told) == 1
+    cut = [Encoder(encoder().tokenizer, "short", 20, 13).encode(row) for row in rows.examples]
+    num_prompts = sum(row.is_prompt_cut for row in cut)
+    num_responses = sum(row.is_response_cut for row in cut)
+    assert 0 < num_prompts < 24 and 0 < num_responses < 24
+    told = f"train: {num_prompts} prompts and {num_responses} responses cut, of 24 rows\n"
+    assert run_ranks_with_errors(_check, 2, str(tmp_path), False) == [
+        ((12, told), None),
+        ((12, ""), None),
+    ]
     for _, error in run_ranks_with_errors(_check, 2, str(tmp_path), True):
-        assert "DataError" in str(error) and "row-003" in str(error)
+        assert error[:2] == ("DataError", REFUSED)
