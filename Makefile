@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env docs docs-check gpu-check lock image-test
+.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env docs docs-check gpu-check lock image-test bench-scale
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
@@ -17,6 +17,7 @@ help:
 	@echo "make chaos        kill, freeze, fill up and damage real runs, into docs/reliability.md (most of an hour)"
 	@echo "make cluster-test   launchers and schedulers over several hosts on this machine; root, Debian (20 minutes)"
 	@echo "make bench-env    install the tools we are compared with into .venv-bench"
+	@echo "make bench-scale  ten million rows: time and memory to plan them and to feed a rank (20 minutes)"
 	@echo "make bench        time and memory against them, into benchmarks/RESULTS.md (under an hour)"
 	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
 	@echo "make lock         write docker/requirements.*.txt again, from setup.py and constraints.txt"
@@ -107,6 +108,10 @@ $(BENCH_STAMP): setup.py constraints.txt benchmarks/requirements.txt
 # Under an hour on two quiet cores; NAMES="losses step" runs some of them.
 bench: $(BENCH_STAMP)
 	$(BENCH)/bin/python benchmarks/run_all.py $(NAMES)
+
+# Ten thousand to ten million rows: about 20 minutes, 10 GB of disk (TMPDIR) and 2 GiB of memory.
+bench-scale: $(BENCH_STAMP)
+	$(BENCH)/bin/python benchmarks/run_all.py scale
 
 # Data are generated and missing packages named: any python with PyTorch will do, e.g. of a cluster image.
 gpu-check:

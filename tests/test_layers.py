@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pocl_dist"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("failpoints", "processes"),
     ("errors", "files"),
-    ("guards", "versions"),
+    ("guards", "list_digest", "versions"),
     ("config", "records"),
     (
         "data",

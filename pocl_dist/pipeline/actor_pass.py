@@ -16,7 +16,7 @@ from typing import Generic, TypeVar, cast
 
 from pocl_dist.config import Config, EvaluateConfig
 from pocl_dist.config.pass_sections import GenerateConfig
-from pocl_dist.difficulty.work import WorkShard
+from pocl_dist.difficulty.work import WorkShard, sizes_of
 from pocl_dist.difficulty.worker import ModelWorker, ShardResult, WorkerSettings
 from pocl_dist.distributed.ray_pool import ActorPool
 from pocl_dist.distributed.ray_session import ray_session
@@ -111,7 +111,7 @@ def answer_rows(config: Config, stop: StopRequest, work: RowPass[T]) -> None:
 
     Rows that fail are listed before that: a saved shard is one that is not done again.
     """
-    num_open = sum(shard.num_rows for shard in work.shards.values())
+    num_open = sum(sizes_of(work.shards).values())
     say(
         f"{work.title}: {num_open} of {work.num_rows} rows, in {len(work.shards)} shards, "
         f"with {work.settings.model.origin}"
@@ -166,6 +166,7 @@ def work_off(
                 "stopped on request; what is finished is saved, the same command goes on"
             )
 
+    sizes = sizes_of(shards)
     with (
         progress,
         ActorPool[ShardT](
@@ -174,4 +175,4 @@ def work_off(
     ):
         for name, results in pool.map(method, shards, raise_if_asked, give_up):
             yield name, results
-            progress.advance(shards[name].num_rows)
+            progress.advance(sizes[name])

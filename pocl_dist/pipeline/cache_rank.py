@@ -44,7 +44,7 @@ def cache_rank(config: Config, run: RunDirectory) -> None:
     started = time.monotonic()
     with lost_peers_named(rank):
         agree_on_setup(config, rank)
-        job = prepare(config, run)
+        job = prepare(config, run, is_read=True)
         agree_on_digest(digest_of(job.inputs), rank, "config, data, model or plan")
         if rank.is_main:
             remove_damage(run)

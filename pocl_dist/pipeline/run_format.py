@@ -24,6 +24,7 @@ FILES = (
     "timings.json",
     "models.json",
     "quarantine.jsonl",
+    "rows/*",
     "init_student/*",
     "generated/*",
     "difficulty/*",

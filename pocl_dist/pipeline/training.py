@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +14,7 @@ from pocl_dist.distributed.checkpoint import (
     find_checkpoint,
 )
 from pocl_dist.distributed.checkpoint_write import CheckpointWriter
-from pocl_dist.distributed.collectives import barrier
+from pocl_dist.distributed.collectives import barrier, on_any_rank
 from pocl_dist.distributed.engine import num_micro_batches
 from pocl_dist.distributed.process_group import Rank, torch_dtype
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of
@@ -24,21 +23,24 @@ from pocl_dist.models.sources import model_digest
 from pocl_dist.models.tokenizer_checks import check_same_tokenizer
 from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
+from pocl_dist.on_policy.replay_buffer import stored_ids
 from pocl_dist.pipeline.cache_inputs import cached_teacher
 from pocl_dist.pipeline.inputs import (
     encode_all,
+    make_encoder,
     read_dev,
     read_train,
     result_inputs,
     student_source,
     teacher_source,
 )
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.plan_files import plan_digest, ranked_rows, read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.run_lock import check_not_fenced
 from pocl_dist.pipeline.status import TrainingStatus
 from pocl_dist.pipeline.student import StudentWithLoss
 from pocl_dist.pipeline.student_engine import student_engine
+from pocl_dist.pipeline.train_rows import EncodedRows, check_rows
 from pocl_dist.records import EncodedExample, Example, Plan
 from pocl_dist.run_log import MetricsLog, TrainingDisplay
 from pocl_dist.teacher.base import Teacher
@@ -62,7 +64,7 @@ class Training:
     rank: Rank
     plan: Plan
     inputs: dict[str, JSONValue]  # config keys and digests that the result depends on
-    encoded: dict[str, EncodedExample]
+    examples: EncodedRows  # in the order of the ranking
     dev_rows: list[tuple[Example, EncodedExample]]
     student: ModelFolder
     tokenizer: PreTrainedTokenizerBase
@@ -137,30 +139,32 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size
     )
     plan = read_plan(run.plan)
-    rows, dev = read_train(config), read_dev(config)
+    rows, dev = read_train(config, is_read=True), read_dev(config)
     student, teacher_folder = student_source(config, run), teacher_source(config, run)
     tokenizer = load_tokenizer(student)
     if teacher_folder is not None:
         check_same_tokenizer(load_tokenizer(teacher_folder), tokenizer)
     inputs = _inputs(config, plan, rows.digest, student, teacher_folder, tokenizer)
     agree_on_digest(digest_of(inputs), rank, "config, data, model or plan")
+    examples = EncodedRows(rows, make_encoder(config, tokenizer), ranked_rows(plan, rows))
     record = run.checkpoints / "inputs.json"
-    if not check_made_from(record, inputs) and rank.is_main:
-        atomic_write_json(record, inputs)
+    if on_any_rank(not check_made_from(record, inputs), rank):
+        check_rows(examples, rank)  # an attempt that was resumed has done so
+        if rank.is_main:
+            atomic_write_json(record, inputs)
     barrier(rank)
 
     checkpoint = find_checkpoint(run.checkpoints, rank, digest_of(inputs), config.resume.on_damage)
     writer = CheckpointWriter(run.checkpoints, rank, lambda: check_not_fenced(run.root))
     coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
-    encoded = encode_all(rows.examples, tokenizer, config, "train", rank)
-    policy = _policy(config, plan, encoded, rank, checkpoint)
+    policy = _policy(config, plan, examples, rank, checkpoint)
     if checkpoint is not None:
         coordinator.progress = progress_of(checkpoint)
     teacher: Teacher | None = None
     if policy is None and not any(stage.kd_ratio > 0 for stage in plan.stages):
         teacher_folder = None  # nothing will be asked of it
     if teacher_folder is not None and config.teacher.source != "online":
-        teacher = cached_teacher(config, run, rank, teacher_folder, rows, plan, encoded)
+        teacher = cached_teacher(config, run, rank, teacher_folder, rows, plan, examples)
     engine = student_engine(config, rank, student, tokenizer, checkpoint)
     if teacher_folder is not None and config.teacher.source == "online":
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
@@ -175,7 +179,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         rank=rank,
         plan=plan,
         inputs=inputs,
-        encoded=encoded,
+        examples=examples,
         dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples]
         if dev
         else [],
@@ -215,7 +219,7 @@ def _say_start(config: Config, rank: Rank, checkpoint: Checkpoint | None) -> Non
 def _policy(
     config: Config,
     plan: Plan,
-    encoded: Mapping[str, EncodedExample],
+    examples: EncodedRows,
     rank: Rank,
     checkpoint: Checkpoint | None,
 ) -> OnPolicy | None:
@@ -224,7 +228,8 @@ def _policy(
     policy = OnPolicy(config, sum(stage.num_steps for stage in plan.stages), rank)
     if checkpoint is not None:
         state = cast("dict[str, JSONValue]", checkpoint.state["policy"])
-        policy.restore(state, dict(checkpoint.tensors(REPLAY)), encoded)
+        tensors = dict(checkpoint.tensors(REPLAY))
+        policy.restore(state, tensors, examples.of_ids(stored_ids(tensors)))
     if rank.is_main:
         print(
             f"policy {config.policy.mode}: steps on the student's own answers use the divergence "
@@ -242,11 +247,10 @@ def _inputs(
     teacher: ModelFolder | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, JSONValue]:
-    stages = [stage.to_json() for stage in plan.stages]
     return {
         **result_inputs(config),
         "digest.data": data_digest,
-        "digest.plan": digest_of(cast("JSONValue", [list(plan.ranking), stages])),
+        "digest.plan": plan_digest(plan),
         "digest.student": model_digest(student),
         "digest.teacher": None if teacher is None else model_digest(teacher),
         "digest.tokenizer": tokenizer_digest(tokenizer),

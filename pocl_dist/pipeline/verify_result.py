@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import cast
 
 from pocl_dist.config.steps import needs_difficulty
-from pocl_dist.files import JSONValue, digest_of
+from pocl_dist.files import JSONValue
 from pocl_dist.models.sources import MARKER, ModelFolder, model_digest
-from pocl_dist.pipeline import evaluate, plan
+from pocl_dist.pipeline import evaluate
 from pocl_dist.pipeline.inputs import result_inputs
+from pocl_dist.pipeline.plan_files import plan_digest, read_plan
 from pocl_dist.pipeline.report import results
 from pocl_dist.pipeline.verify_records import Chain, Record, differing, same
 
@@ -24,9 +25,7 @@ def checkpoints(chain: Chain) -> Iterator[str]:
     record = chain.record(name)
     if record:
         yield from differing(name, record, result_inputs(chain.config), "config.yaml")
-        made = plan.read_plan(chain.run.plan)
-        stages = [stage.to_json() for stage in made.stages]
-        if record.get("digest.plan") != digest_of(cast("JSONValue", [list(made.ranking), stages])):
+        if record.get("digest.plan") != plan_digest(read_plan(chain.run.plan)):
             yield f"{name}: digest.plan is not that of plan.json"
         inputs = cast("Record", chain.record("plan.json")["inputs"])
         yield same(name, "digest.data", record, "plan.json", "data.train sha256", inputs)
