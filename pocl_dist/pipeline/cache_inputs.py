@@ -60,7 +60,9 @@ def cache_inputs(
     examples: Sequence[EncodedExample],
 ) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the cached values depend on."""
-    tokens: list[JSONValue] = [[row.example_id, content_hash(row)] for row in examples]
+    # By id: plans that rank the same rows otherwise can share a cache.
+    by_id = sorted(examples, key=lambda row: row.example_id)
+    tokens: list[JSONValue] = [[row.example_id, content_hash(row)] for row in by_id]
     return {
         **config_keys(config, plan),
         **model_inputs("models.teacher model", teacher),

@@ -27,8 +27,10 @@ from pocl_dist.versions import RUN_FORMAT, versions
 
 MANIFEST_NAME = "manifest.json"
 SEAL_NAME = "manifest.json.sha256"
+# The runs of a comparison, which have manifests of their own.
+NESTED = ("shared", "runs")
 # `status.json` has a digest of its own; lock and requests are gone when a run has ended.
-UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control", "launch")
+UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control", "launch", *NESTED)
 
 
 def walk(folder: Path, on_error: Callable[[OSError], None]) -> Iterator[tuple[str, os.stat_result]]:

@@ -12,7 +12,7 @@ from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.curriculum.stages import make_stages, order
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import fuse
-from pocl_dist.errors import DataError, MismatchError, MissingInputError
+from pocl_dist.errors import ConfigError, DataError, MismatchError, MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of, read_json, sha256_file
 from pocl_dist.guards import inside
 from pocl_dist.pipeline.difficulty_files import (
@@ -54,6 +54,7 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
         list(rows.by_id()) if ranked is None else [example.example_id for example in ranked]
     )
     stages = make_stages(len(easy_to_hard), config.curriculum, config.engine.global_batch_size)
+    _check_restarts(config, stages)
     if config.models.teacher is None:  # SFT: cross-entropy alone, in every stage
         stages = tuple(replace(stage, temperature=1.0, kd_ratio=0.0) for stage in stages)
     plan = Plan(order(easy_to_hard, config.curriculum.ordering, config.seed), stages)
@@ -72,6 +73,15 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
         _write_plan(run.plan, plan, inputs)
     _show(plan, config.engine.global_batch_size)
     return plan
+
+
+def _check_restarts(config: Config, stages: Sequence[Stage]) -> None:
+    late = [step for step in config.optimizer.restart_steps if step >= stages[0].num_steps]
+    if late:
+        raise ConfigError(
+            f"optimizer.restart_steps: {late} are not reached: the stage has "
+            f"{stages[0].num_steps} steps"
+        )
 
 
 def config_keys(config: Config) -> dict[str, JSONValue]:
