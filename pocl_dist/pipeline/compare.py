@@ -66,7 +66,7 @@ def compare(config: Config, run: RunDirectory, request: CompareRequest) -> None:
         value = _write(comparison, request)
         print_tables(value)
         say(f"compare: {run.root / RESULT} and {run.root / 'comparison.md'}")
-        _raise_missing(comparison, value)
+        raise_missing(comparison, value)
 
 
 def check_before(config: Config, request: CompareRequest) -> tuple[float, ...]:
@@ -147,7 +147,7 @@ def _write(comparison: Comparison, request: CompareRequest) -> Mapping[str, JSON
     return value
 
 
-def _raise_missing(comparison: Comparison, value: Mapping[str, JSONValue]) -> None:
+def raise_missing(comparison: Comparison, value: Mapping[str, JSONValue]) -> None:
     """Raises what keeps a run out of the table: a cause that may pass first, then any other."""
     if value["is_complete"]:
         return

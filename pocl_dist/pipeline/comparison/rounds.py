@@ -114,7 +114,8 @@ def work(
         on_round()
 
 
-def _needs_training(seen: RunLook) -> bool:
+def needs_training(seen: RunLook) -> bool:
+    """Returns whether a run is to be trained, or trained on."""
     if seen.state == "failed":
         return seen.exit_code != DivergedError.exit_code
     return seen.state in ("missing", "unfinished")
@@ -123,7 +124,7 @@ def _needs_training(seen: RunLook) -> bool:
 def _train(
     comparison: Comparison, runs: Iterable[ComparedRun], num_jobs: int, stop: StopRequest
 ) -> None:
-    pending = [compared for compared in runs if _needs_training(comparison.look(compared))]
+    pending = [compared for compared in runs if needs_training(comparison.look(compared))]
     total = len(pending)
 
     def next_run() -> ComparedRun | None:
