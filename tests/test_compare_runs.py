@@ -46,15 +46,23 @@ REQUEST = CompareRequest(("forward_kl",), (1, 2))
 SCORES = {"test1": [0.1, 0.2, 0.3, 0.4]}
 
 
-def finished(folder: Path) -> Comparison:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """Returns a comparison of four arms and two seeds whose runs are all there."""
-    base = base_config(folder)
+    base = base_config(tmp_path_factory.mktemp("template"))
     make_shared_files(base)
     comparison = comparison_of(base, REQUEST)
     for arm in comparison.arms:
         for seed in (1, 2):
             answer_run(comparison, chosen(comparison, arm.name, seed), SCORES)
     return comparison
+
+
+@pytest.fixture
+def finished(template: Comparison, tmp_path: Path) -> Comparison:
+    """Returns a copy of it, to be spoilt."""
+    shutil.copytree(template.run.root, tmp_path / "run")
+    return comparison_of(replaced(template.base, {"run_dir": str(tmp_path / "run")}), REQUEST)
 
 
 # ------------------------------------------------------------------------------------ shared files
@@ -201,9 +209,9 @@ CASES: dict[str, tuple[Callable[[Comparison, ComparedRun], None], str, bool]] = 
 
 @pytest.mark.parametrize("words", CASES)
 def test_what_is_missing_half_finished_or_mixed_is_named_and_the_rest_goes_on(
-    tmp_path: Path, words: str
+    finished: Comparison, words: str
 ) -> None:
-    comparison = finished(tmp_path)
+    comparison = finished
     spoil, state, is_trained_again = CASES[words]
     victim = chosen(comparison, "forward_kl-pocl", 2)
     spoil(comparison, victim)
@@ -223,8 +231,8 @@ def test_what_is_missing_half_finished_or_mixed_is_named_and_the_rest_goes_on(
     assert f"- {mark}" in text
 
 
-def test_an_arm_without_any_run_leaves_a_line_without_figures(tmp_path: Path) -> None:
-    comparison = finished(tmp_path)
+def test_an_arm_without_any_run_leaves_a_line_without_figures(finished: Comparison) -> None:
+    comparison = finished
     for seed in (1, 2):
         victim = chosen(comparison, "sft", seed)
         _diverged(comparison, victim)
@@ -237,8 +245,8 @@ def test_an_arm_without_any_run_leaves_a_line_without_figures(tmp_path: Path) ->
         compare_step.raise_missing(comparison, value)
 
 
-def test_a_cause_that_may_pass_is_the_one_that_is_told(tmp_path: Path) -> None:
-    comparison = finished(tmp_path)
+def test_a_cause_that_may_pass_is_the_one_that_is_told(finished: Comparison) -> None:
+    comparison = finished
     for name, spoil in (("sft", _diverged), ("seqkd", _lost)):
         spoil(comparison, chosen(comparison, name, 1))
         comparison.forget(chosen(comparison, name, 1))
@@ -278,8 +286,10 @@ def _diverge_first(comparison: Comparison, compared: ComparedRun) -> None:
 # ----------------------------------------------------------------------------------------- verify
 
 
-def test_verify_looks_at_every_run_and_at_what_the_table_was_made_from(tmp_path: Path) -> None:
-    comparison = finished(tmp_path)
+def test_verify_looks_at_every_run_and_at_what_the_table_was_made_from(
+    finished: Comparison,
+) -> None:
+    comparison = finished
     root = comparison.run.root
     for arm in comparison.arms:  # models here have no weights to hash: the chain needs none
         for seed in (1, 2):
@@ -425,8 +435,8 @@ def test_the_default_grid_is_the_config_s_own_rate() -> None:
     assert grid_of(config, (0.5,)) == (0.5,)
 
 
-def test_a_run_directory_of_a_comparison_is_none_of_a_run(tmp_path: Path) -> None:
-    comparison = finished(tmp_path)
+def test_a_run_directory_of_a_comparison_is_none_of_a_run(finished: Comparison) -> None:
+    comparison = finished
     run = RunDirectory(Path(shared_config(comparison.base).run_dir))
     assert run.root == comparison.run.root / "shared"
     assert chosen(comparison, "sft", 2).run.root == (
