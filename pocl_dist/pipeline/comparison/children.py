@@ -126,13 +126,13 @@ def _ended(children: Sequence[Child]) -> Iterator[None]:
 
 def train_all(
     next_run: Callable[[], ComparedRun | None],
-    on_end: Callable[[ComparedRun, int], None],
+    on_end: Callable[[ComparedRun, int, float], None],
     num_jobs: int,
     stop: StopRequest,
 ) -> None:
     """Trains what `next_run` gives, `num_jobs` at a time, until it gives None and all have ended.
 
-    `on_end` gets each run and its exit code. When a stop is asked for, or a run was stopped by
+    `on_end` gets each run, its exit code and seconds. When a stop is asked for, or a run was stopped by
     itself (75), all are asked to save, and StoppedError (75) is raised when they have ended.
     """
     children: list[Child] = []
@@ -155,7 +155,8 @@ def train_all(
             for child in [child for child in children if child.process.poll() is not None]:
                 children.remove(child)
                 assert child.compared is not None
-                on_end(child.compared, child.process.returncode)
+                seconds = time.monotonic() - child.started
+                on_end(child.compared, child.process.returncode, seconds)
                 is_stopping |= child.process.returncode == StoppedError.exit_code
     if is_stopping:
         raise StoppedError("stopped on request; the same command goes on from there")

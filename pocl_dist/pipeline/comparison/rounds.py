@@ -140,11 +140,13 @@ def _train(
             return compared
         return None
 
-    def on_end(compared: ComparedRun, code: int) -> None:
+    def on_end(compared: ComparedRun, code: int, seconds: float) -> None:
         comparison.forget(compared)
         if code == StorageError.exit_code:
             raise StorageError(f"{compared.key.name}: {last_words(compared.log_file)}")
-        if code not in (0, StoppedError.exit_code):
+        if code == 0:
+            say(f"   {compared.key.name}: trained in {seconds:.0f} s")
+        elif code != StoppedError.exit_code:
             warn(f"{compared.key.name} ended with {code}: {last_words(compared.log_file)}")
 
     if pending:
@@ -158,9 +160,10 @@ def _answer(comparison: Comparison, runs: Sequence[ComparedRun], stop: StopReque
         return
     from pocl_dist.pipeline.actor_pass import actors_of  # torch: not before it is needed
 
-    with actors_of(comparison.base, comparison.run):
+    with actors_of(comparison.base, comparison.run) as waiting:
+        waiting.install()  # `ray.init` has put handlers of its own in place, which abort
         for compared in open_runs:
-            if stop.is_asked():
+            if waiting.is_asked() or stop.is_asked():
                 raise StoppedError("stopped between test sets; the same command goes on from there")
             say(f"── test sets: {compared.key.name}")
             comparison.forget(compared)

@@ -63,7 +63,8 @@ def make_shared(base: Config, run: RunDirectory, stop: StopRequest) -> None:
         from pocl_dist.pipeline.actor_pass import actors_of  # torch: not before it is needed
 
         say("── shared by all arms: scores of the student before training, the teacher's answers")
-        with actors_of(config, run):
+        with actors_of(config, run) as waiting:
+            waiting.install()  # `ray.init` has put handlers of its own in place, which abort
             do_steps(config, _steps(config))
     if is_cached(base) and not (shared.teacher_cache / "summary.json").exists():
         # A process of its own: under zero3 its ranks need the devices that Ray holds.
