@@ -116,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--wait", type=float, default=60.0, metavar="SECONDS", help="for the other nodes of a job"
     )
+    _add_score(commands)
+    return parser
+
+
+def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     score = commands.add_parser("score", help="ROUGE-L and exact match of given answers")
     score.add_argument(
         "--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}'
@@ -123,7 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--references", type=Path, required=True, help="rows with the reference answers"
     )
-    return parser
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

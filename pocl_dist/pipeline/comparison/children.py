@@ -132,8 +132,8 @@ def train_all(
 ) -> None:
     """Trains what `next_run` gives, `num_jobs` at a time, until it gives None and all have ended.
 
-    `on_end` gets each run, its exit code and seconds. When a stop is asked for, or a run was stopped by
-    itself (75), all are asked to save, and StoppedError (75) is raised when they have ended.
+    `on_end` gets each run, its exit code and seconds. When a stop is asked for, or a run ended with
+    75 by itself, all are asked to save, and StoppedError (75) is raised when they have ended.
     """
     children: list[Child] = []
     is_stopping = False
