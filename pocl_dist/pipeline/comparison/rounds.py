@@ -126,6 +126,7 @@ def _train(
 ) -> None:
     pending = [compared for compared in runs if needs_training(comparison.look(compared))]
     total = len(pending)
+    seconds_taken: list[float] = []
 
     def next_run() -> ComparedRun | None:
         while pending:
@@ -145,7 +146,10 @@ def _train(
         if code == StorageError.exit_code:
             raise StorageError(f"{compared.key.name}: {last_words(compared.log_file)}")
         if code == 0:
-            say(f"   {compared.key.name}: trained in {seconds:.0f} s")
+            seconds_taken.append(seconds)
+            left = sum(seconds_taken) / len(seconds_taken) * len(pending) / num_jobs
+            text = f", about {left / 60:.0f} min for the others of this round" if pending else ""
+            say(f"   {compared.key.name}: trained in {seconds:.0f} s{text}")
         elif code != StoppedError.exit_code:
             warn(f"{compared.key.name} ended with {code}: {last_words(compared.log_file)}")
 
