@@ -258,6 +258,13 @@ def test_unequal_visits_are_refused_with_both_numbers(tmp_path: Path) -> None:
         check_before(config, STAGES)
 
 
+def test_a_test_set_that_is_named_as_the_average_column_is_refused(tmp_path: Path) -> None:
+    sets = [str(write_rows(tmp_path / f"{name}.jsonl", 2)) for name in ("average", "other")]
+    with pytest.raises(ConfigError, match="a test set named 'average' would be taken"):
+        check_before(replaced(base(tmp_path), {"data.eval": sets}), PLAIN)
+    check_before(replaced(base(tmp_path), {"data.eval": sets[:1]}), PLAIN)
+
+
 def test_fewer_rows_than_an_ablation_has_stages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="6 rows cannot fill"):
         check_before(base(tmp_path, num_rows=6), STAGES)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pocl_dist.config import Config, replaced
 from pocl_dist.curriculum.stages import stage_sizes
-from pocl_dist.errors import PoclError, StoppedError, error_of
+from pocl_dist.errors import ConfigError, PoclError, StoppedError, error_of
 from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text
 from pocl_dist.pipeline.comparison import rates
 from pocl_dist.pipeline.comparison.ablations import AblationRow, Case, add_ablations
@@ -22,6 +22,7 @@ from pocl_dist.pipeline.comparison.folders import run_of
 from pocl_dist.pipeline.comparison.nested import RESULT
 from pocl_dist.pipeline.comparison.request import CompareRequest
 from pocl_dist.pipeline.comparison.rounds import Comparison, work
+from pocl_dist.pipeline.comparison.scores import AVERAGE
 from pocl_dist.pipeline.comparison.shared import count_rows, make_shared, shared_config
 from pocl_dist.pipeline.comparison.state import Inputs
 from pocl_dist.pipeline.comparison.tables import markdown, print_tables
@@ -76,6 +77,11 @@ def check_before(config: Config, request: CompareRequest) -> tuple[float, ...]:
     choice without dev. DataError (65): fewer rows than an ablation has stages.
     """
     check_base(config)
+    if AVERAGE in (names := list(read_eval_sets(config))) and len(names) > 1:
+        raise ConfigError(
+            f"data.eval: a test set named {AVERAGE!r} would be taken for the average column of the "
+            "table; rename the file"
+        )
     grid = rates.grid_of(config, request.lr_grid)
     num_rows = len(read_prompts(config).examples)
     arms, _, target = arms_of(config, request, RowCounts(num_rows, num_rows, num_rows))

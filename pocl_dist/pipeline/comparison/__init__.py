@@ -13,6 +13,7 @@ rates        the learning rate of an arm, by dev
 rounds       which runs are trained and evaluated next
 scores       the answers of a run, per example
 intervals    mean, standard deviation, bootstrap interval
+differences  what an arm gains over another
 tabulate     comparison.json
 tables       comparison.md, and what is printed
 nested       `verify` of a comparison

@@ -15,6 +15,8 @@ from pocl_dist.pipeline.comparison.intervals import Scores
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 METRICS = ("rouge_l", "exact_match")
+AVERAGE = "average"
+"""Name of the unweighted mean over test sets, when there are several."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class SetScores:
     def num_examples(self) -> int:
         """Returns the number of examples."""
         return len(self.of_metric[METRICS[0]])
+
+
+ScoresOfArm = Mapping[int, Mapping[str, SetScores]]
+"""Seed -> test set -> scores, of the runs that are done."""
+
+
+def columns_of(sets: Sequence[str]) -> dict[str, list[str]]:
+    """Returns {column: the test sets it is a mean of}."""
+    columns = {name: [name] for name in sets}
+    return columns | ({AVERAGE: list(sets)} if len(sets) > 1 else {})
 
 
 def read_scores(answers: Path) -> SetScores:

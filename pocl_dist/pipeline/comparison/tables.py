@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+from pocl_dist.pipeline.comparison.scores import columns_of
+
 if TYPE_CHECKING:
     from pocl_dist.files import JSONValue
 
@@ -15,10 +17,9 @@ _BASELINE_TITLES = {"teacher": "teacher", "student_before": "student before trai
 NOTHING = "–"
 
 
-def columns_of(value: Row) -> list[str]:
-    """Returns the columns of figures: the test sets, and their average when there are several."""
-    names = list(cast("Row", value["test_sets"]))
-    return [*names, "average"] if len(names) > 1 else names
+def _columns(value: Row) -> list[str]:
+    """Returns the columns of figures."""
+    return list(columns_of(list(cast("Row", value["test_sets"]))))
 
 
 def _rows(value: Row, key: str) -> list[Row]:
@@ -63,7 +64,7 @@ def _num_seeds(value: Row) -> int:
 
 def main_table(value: Row, metric: str) -> list[list[str]]:
     """Returns header and lines: baselines, SFT, SeqKD; per method KD, KD + POCL, difference."""
-    columns = columns_of(value)
+    columns = _columns(value)
     lines = [["method", "arm", "visits", "learning rate", *columns]]
     for model, results in cast("Mapping[str, Row]", value["baselines"]).items():
         cells = [_spread(_figure(results, column, metric), 1) for column in columns]
@@ -88,7 +89,7 @@ def ablation_table(value: Row, metric: str) -> list[list[str]]:
 
     The last column of figures is used: the average, or the only test set.
     """
-    column = columns_of(value)[-1]
+    column = _columns(value)[-1]
     arm_of_name = {str(arm["name"]): arm for arm in _rows(value, "arms")}
     lines = [
         ["method", "ablation", "variant", "visits", "learning rate", column, "minus KD",

@@ -14,24 +14,27 @@ from typing import cast
 from pocl_dist.files import JSONValue, digest_of, read_json, sha256_file
 from pocl_dist.pipeline.comparison import rates
 from pocl_dist.pipeline.comparison.arms import Arm
+from pocl_dist.pipeline.comparison.differences import differences
 from pocl_dist.pipeline.comparison.folders import ComparedRun
 from pocl_dist.pipeline.comparison.intervals import (
     BOOTSTRAP_SEED,
     CONFIDENCE,
     NUM_RESAMPLES,
-    bootstrap,
     spread,
 )
 from pocl_dist.pipeline.comparison.rounds import Comparison
-from pocl_dist.pipeline.comparison.scores import METRICS, SetScores, paired, read_scores, run_scores
+from pocl_dist.pipeline.comparison.scores import (
+    METRICS,
+    ScoresOfArm,
+    SetScores,
+    columns_of,
+    read_scores,
+    run_scores,
+)
 from pocl_dist.pipeline.comparison.visits import stages_of, visits_of
 from pocl_dist.versions import versions
 
-AVERAGE = "average"
-"""Name of the unweighted mean over test sets, when there are several."""
 FORMAT = 1
-
-ScoresOfArm = Mapping[int, Mapping[str, SetScores]]  # seed -> test set -> scores
 
 
 def tabulate(comparison: Comparison, request: Mapping[str, JSONValue]) -> dict[str, JSONValue]:
@@ -55,7 +58,7 @@ def tabulate(comparison: Comparison, request: Mapping[str, JSONValue]) -> dict[s
         },
         "baselines": cast("JSONValue", _baselines(comparison, sets)),
         "arms": cast("JSONValue", arms),
-        "differences": cast("JSONValue", _differences(comparison, scores, sets)),
+        "differences": cast("JSONValue", differences(comparison, scores, sets)),
         "ablations": [asdict(row) for row in comparison.ablations],
         "marks": [mark for row in arms for mark in cast("list[JSONValue]", row["marks"])],
         "is_complete": all(row["is_complete"] for row in arms),
@@ -86,18 +89,12 @@ def _set_sizes(scores: Mapping[str, ScoresOfArm], sets: Sequence[str]) -> dict[s
     return sizes
 
 
-def _columns(sets: Sequence[str]) -> dict[str, list[str]]:
-    """Returns {column: the test sets it is a mean of}."""
-    columns = {name: [name] for name in sets}
-    return columns | ({AVERAGE: list(sets)} if len(sets) > 1 else {})
-
-
 def _figures(of_arm: ScoresOfArm, sets: Sequence[str]) -> dict[str, object]:
     """Returns {column: {metric: mean, std, num_seeds}}; empty without a finished run."""
     if not of_arm:
         return {}
     found: dict[str, object] = {}
-    for column, names in _columns(sets).items():
+    for column, names in columns_of(sets).items():
         found[column] = {
             metric: asdict(
                 spread(
@@ -201,67 +198,3 @@ def _baselines(comparison: Comparison, sets: Sequence[str]) -> dict[str, object]
 
 def _answers_of(folder: Path, model: str, sets: Sequence[str]) -> dict[str, SetScores]:
     return {name: read_scores(folder / name / f"answers-{model}.jsonl") for name in sets}
-
-
-# -------------------------------------------------------------------------------------- differences
-
-
-def _pairs(comparison: Comparison) -> list[tuple[str, str]]:
-    """Returns (arm, the arm it is compared with), each once."""
-    by_name = {arm.name: arm for arm in comparison.arms}
-    pairs = [(f"{arm.method}-pocl", arm.name) for arm in comparison.arms if arm.kind == "kd"]
-    for row in comparison.ablations:
-        plain, pocl = f"{row.method}-kd", f"{row.method}-pocl"
-        pairs += [(row.arm, plain), (pocl, row.arm)]
-    return [(a, b) for a, b in dict.fromkeys(pairs) if a != b and a in by_name and b in by_name]
-
-
-def _differences(
-    comparison: Comparison, scores: Mapping[str, ScoresOfArm], sets: Sequence[str]
-) -> list[dict[str, object]]:
-    rows = []
-    for arm, against in _pairs(comparison):
-        for column, names in _columns(sets).items():
-            for metric in METRICS:
-                found = _difference(scores[arm], scores[against], names, metric)
-                rows.append(
-                    {
-                        "arm": arm,
-                        "against": against,
-                        "test_set": column,
-                        "metric": metric,
-                        **found,
-                        "is_complete": found["num_seeds"] == len(comparison.seeds),
-                    }
-                )
-    return rows
-
-
-def _difference(
-    ours: ScoresOfArm, theirs: ScoresOfArm, names: Sequence[str], metric: str
-) -> dict[str, object]:
-    """Returns mean, standard deviation over seeds and interval of ours minus theirs."""
-    differences = []
-    seeds: list[int] = []
-    for name in names:
-        seeds, rows = paired(
-            {seed: of_set[name] for seed, of_set in ours.items()},
-            {seed: of_set[name] for seed, of_set in theirs.items()},
-            metric,
-        )
-        differences.append(rows)
-    if not seeds:
-        return {"mean": None, "std": None, "low": None, "high": None, "by_seed": {}, "num_seeds": 0}
-    by_seed = {
-        seed: sum(float(rows[index].mean()) for rows in differences) / len(differences)
-        for index, seed in enumerate(seeds)
-    }
-    over_seeds, interval = spread(list(by_seed.values())), bootstrap(differences)
-    return {
-        "mean": over_seeds.mean,
-        "std": over_seeds.std,
-        "low": interval.low,
-        "high": interval.high,
-        "by_seed": {str(seed): value for seed, value in by_seed.items()},
-        "num_seeds": len(seeds),
-    }
