@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,7 @@ STEP_FUNCTIONS = {
     "distill-rank": ("distill", "distill_rank"),
     "evaluate": ("evaluate", "evaluate"),
     "report": ("report", "report"),
+    "compare": ("compare", "compare"),
 }
 
 
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
             )
+    _add_compare(commands)
     text = "memory, time and disk that a config needs on a cluster; loads no model"
     add_arguments(commands.add_parser("estimate", help=text, description=text))
     verify = commands.add_parser(
@@ -113,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--wait", type=float, default=60.0, metavar="SECONDS", help="for the other nodes of a job"
     )
+    _add_score(commands)
+    return parser
+
+
+def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     score = commands.add_parser("score", help="ROUGE-L and exact match of given answers")
     score.add_argument(
         "--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}'
@@ -120,7 +128,30 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--references", type=Path, required=True, help="rows with the reference answers"
     )
-    return parser
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "plain KD against KD + POCL, per method, at equal sample visits: one table (resumable)"
+    command = commands.add_parser("compare", help=text, description=text)
+    command.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
+    command.add_argument(
+        "--methods", required=True, metavar="A,B", help="divergences (loss.name), and gkd"
+    )
+    command.add_argument("--seeds", required=True, metavar="1,2,3", help="the first chooses rates")
+    command.add_argument(
+        "--lr-grid", metavar="1e-4,3e-4", help="each arm takes the best on dev (default: one rate)"
+    )
+    command.add_argument(
+        "--ablate",
+        metavar="A,B",
+        help="controls: restarts, order, temperature, ratio, stages, optimizer",
+    )
+    command.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="trainings at once on this machine"
+    )
+    command.add_argument(
+        "--no-training", action="store_true", help="only evaluate and tabulate what is trained"
+    )
 
 
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -144,7 +175,7 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
     return step
 
 
-def _run_config_command(command: str, words: Sequence[str]) -> None:
+def _run_config_command(command: str, words: Sequence[str], **options: object) -> None:
     from pocl_dist.config import load_words
     from pocl_dist.config.steps import is_ranks_work
     from pocl_dist.distributed.scratch import use_scratch
@@ -168,7 +199,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     check_versions()
     use_scratch(config.run.scratch_dir, run.root)
     mark_start()
-    step = _step_of(command, is_rank)
+    step = partial(_step_of(command, is_rank), **options)
     # Ranks that `run` or `distill` started work under the lock, config and manifest of that
     # process; those of another launcher (torchrun, Slurm) have rank 0 for it.
     is_child = is_rank and os.environ.get("POCL_DIST_PARENT") == str(run.root.resolve())
@@ -276,6 +307,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         shape = _shape_words(arguments)
         options = Options(bool(shape), arguments.gpu, arguments.wait)
         return doctor([*arguments.config, *shape], options, PROBES, arguments.json)
+    elif arguments.command == "compare":
+        from pocl_dist.pipeline.comparison.request import parse_request
+
+        lists = (arguments.methods, arguments.seeds, arguments.lr_grid, arguments.ablate)
+        request = parse_request(*lists, arguments.jobs, not arguments.no_training)
+        _run_config_command("compare", arguments.config, request=request)
     elif arguments.command == "score":
         from pocl_dist.pipeline.score import score_files
 

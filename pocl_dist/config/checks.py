@@ -114,6 +114,17 @@ def _check_engine(config: Config) -> Iterator[str]:
         )
 
 
+def _check_restarts(config: Config) -> Iterator[str]:
+    steps, num_stages = config.optimizer.restart_steps, config.curriculum.num_stages
+    if steps and num_stages > 1:
+        yield (
+            f"optimizer.restart_steps: {steps} needs curriculum.num_stages 1, not {num_stages}: "
+            "with more, the cosine starts anew at every stage"
+        )
+    if steps != sorted(set(steps)):
+        yield f"optimizer.restart_steps: {steps} must ascend, without repeats"
+
+
 def _check_data(config: Config) -> Iterator[str]:
     data, curriculum = config.data, config.curriculum
     if data.max_prompt_tokens >= data.max_tokens:
@@ -203,6 +214,7 @@ _CHECKS = (
     _check_teacher,
     _check_data,
     _check_engine,
+    _check_restarts,
     _check_full_logits,
     _check_passes,
     _check_schedules,

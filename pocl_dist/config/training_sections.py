@@ -35,6 +35,9 @@ class OptimizerConfig(Section):
     """End of the cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Linear warm-up at the start of every stage."""
+    restart_steps: list[Annotated[int, Field(ge=1)]] = []
+    """With one stage: the steps before which the cosine starts anew, as it does at a change of
+    stage (and AdamW's moments, with `curriculum.optimizer: reset`)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """On matrices only; biases and norms are left out."""
     betas: Annotated[

@@ -54,8 +54,10 @@ def cache_inputs(
     examples: Sequence[EncodedExample],
 ) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the cached values depend on."""
+    # By id: plans that rank the same rows otherwise can share a cache.
     tokens = ListDigest()
-    tokens.extend([row.example_id, content_hash(row)] for row in examples)
+    for example_id, digest in sorted((row.example_id, content_hash(row)) for row in examples):
+        tokens.add([example_id, digest])
     return {
         **config_keys(config, plan),
         **model_inputs("models.teacher model", teacher),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,7 +16,7 @@ from pocl_dist.data.columns import TextColumn, number_array, take, write_columns
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import Fused, fuse
 from pocl_dist.difficulty.signals import SIGNALS
-from pocl_dist.errors import MismatchError, MissingInputError
+from pocl_dist.errors import ConfigError, MismatchError, MissingInputError
 from pocl_dist.files import JSONValue, read_json
 from pocl_dist.pipeline import plan_files
 from pocl_dist.pipeline.difficulty_files import config_inputs, read_quarantine
@@ -25,7 +25,7 @@ from pocl_dist.pipeline.plan_files import read_plan, write_plan
 from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.scores import Scores, read_scores, rows_of_scores
-from pocl_dist.records import Plan
+from pocl_dist.records import Plan, Stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,6 +61,7 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
     inputs = _inputs(config, rows, ranked)
     num_ranked = len(rows.examples) if ranked is None else len(ranked.rows)
     stages = make_stages(num_ranked, config.curriculum, config.engine.global_batch_size)
+    _check_restarts(config, stages)
     if config.models.teacher is None:  # SFT: cross-entropy alone, in every stage
         stages = tuple(replace(stage, temperature=1.0, kd_ratio=0.0) for stage in stages)
     places = order(num_ranked, config.curriculum.ordering, config.seed)
@@ -86,6 +87,15 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
         write_plan(run.plan, plan, in_order, inputs)
     _show(plan, config.engine.global_batch_size)
     return plan
+
+
+def _check_restarts(config: Config, stages: Sequence[Stage]) -> None:
+    late = [step for step in config.optimizer.restart_steps if step >= stages[0].num_steps]
+    if late:
+        raise ConfigError(
+            f"optimizer.restart_steps: {late} are not reached: the stage has "
+            f"{stages[0].num_steps} steps"
+        )
 
 
 def config_keys(config: Config) -> dict[str, JSONValue]:

@@ -39,6 +39,12 @@ FILES = (
     "eval/*",
     "report.json",
     "report.html",
+    "shared/*",
+    "shared.yaml",
+    "shared.log",
+    "runs/*",
+    "comparison.json",
+    "comparison.md",
 )
 """All that a run writes into its directory (`*`: anything below); scratch lies elsewhere."""
 
