@@ -31,6 +31,7 @@ FREE: Mapping[str, str] = MappingProxyType(
         "data.eval": "a new set is answered too; changed rows under an old name are refused",
         "data.on_bad_row": _ROWS,
         "data.max_bad_rows": _ROWS,
+        "dev.quarter_rows": "what is shown besides the result; later lines are of other rows",
         "loss.chunk_tokens": _COMPUTED,
         "loss.full_logits": _COMPUTED,
         "loss.compile": _COMPUTED,
