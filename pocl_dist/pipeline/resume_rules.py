@@ -40,6 +40,7 @@ FREE: Mapping[str, str] = MappingProxyType(
         "measure.server_timeout_seconds": _SPEED,
         "measure.server_retries": _SPEED,
         "generate.output": "the same answers are written there",
+        "report.answers": _SHOWN,
         "evaluate.baselines": "more models are answered, or fewer reported",
         "teacher.max_truncation_error": "the cache is judged again by the new bound (64)",
         "teacher.cache_engine": _COMPUTED,

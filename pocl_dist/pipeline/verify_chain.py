@@ -37,7 +37,7 @@ def _shards(chain: Chain) -> Iterator[str]:
             yield f"{shard}: is not what {seal} says"
 
 
-def _difficulty(chain: Chain) -> Iterator[str]:
+def difficulty(chain: Chain) -> Iterator[str]:
     name = "difficulty/inputs.json"
     if name in chain.sha256 and needs_difficulty(chain.config):
         expected = difficulty_files.config_keys(chain.config)
@@ -97,7 +97,7 @@ def _cache(chain: Chain) -> Iterator[str]:
 
 _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
     ("shards", _shards),
-    ("difficulty", _difficulty),
+    ("difficulty", difficulty),
     ("plan.json", _plan),
     ("generated", _generated),
     ("teacher_cache", _cache_entries),
