@@ -13,8 +13,9 @@ from pocl_dist.errors import MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text
 from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.report_numbers import results, time_rows
-from pocl_dist.pipeline.report_page.gather import gather, run_page
+from pocl_dist.pipeline.report_page.gather import gather
 from pocl_dist.pipeline.report_page.page import chart_library, render
+from pocl_dist.pipeline.report_page.run_page import run_page
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from functools import cache
 from importlib.resources import files
 
 from pocl_dist import __version__
-from pocl_dist.pipeline.report_page.charts import Spec
+from pocl_dist.pipeline.report_page.chart_parts import Spec
 from pocl_dist.pipeline.report_page.series import Columns
 
 _TEMPLATES = files("pocl_dist.pipeline.report_page") / "templates"
@@ -94,4 +94,4 @@ def render(page: Page, library: str) -> str:
         script=script,
         data=as_json({"charts": page.charts, "datasets": page.datasets}),
     )
-    return html
+    return html.encode("utf-8", "replace").decode()  # answers may hold halves of characters

@@ -15,6 +15,8 @@ Columns = dict[str, list[JSONValue]]
 
 MAX_POINTS = 2000
 """Steps that are drawn; of more, ends and extremes stay (thinning.py)."""
+BEFORE = "before"
+"""Name of the evaluation before training, where the others have that of the stage they end."""
 _LOSSES = ("loss", "kd_loss", "ce_loss", "kl")
 _OTHERS = (
     "temperature",
@@ -88,13 +90,22 @@ def _bands(steps: Sequence[Row]) -> Columns:
     rows_of: dict[JSONValue, list[Row]] = defaultdict(list)
     for row in steps:
         rows_of[row["stage"]].append(row)
-    ends = [(stage, rows[0], rows[-1]) for stage, rows in rows_of.items()]
+    stages = list(rows_of)
+    starts = [_number(rows_of[stage][0]["step"]) - 1 for stage in stages]
+    ends = [_number(rows_of[stage][-1]["step"]) for stage in stages]
+    spans = zip(stages, starts, ends, strict=True)
     return {
-        "stage": [stage for stage, _, _ in ends],
-        "name": [stage_name(_number(stage)) for stage, _, _ in ends],
-        "start": [_number(first["step"]) - 1 for _, first, _ in ends],
-        "end": [last["step"] for _, _, last in ends],
+        "stage": list(stages),
+        "start": list(starts),
+        "end": list(ends),
+        "label": [_label(stage, (end - start) / max(ends)) for stage, start, end in spans],
     }
+
+
+def _label(stage: JSONValue, share: float) -> str:
+    """Returns what finds room above a band that takes this share of the axis, on a phone too."""
+    name = stage_name(_number(stage))
+    return name if share > 0.16 else name.rpartition(" ")[2] if share > 0.03 else ""
 
 
 def stage_name(stage: float) -> str:
@@ -107,7 +118,7 @@ def _quarters(rows: Sequence[Row]) -> Columns:
     table: list[dict[str, JSONValue]] = []
     for order, row in enumerate(rows):
         stage = -1 if row["step"] == 0 else int(_number(row["stage"]))
-        when = "before" if stage < 0 else f"after {stage_name(stage)}"
+        when = BEFORE if stage < 0 else stage_name(stage)
         of_quarter = {
             name: cast("list[JSONValue]", row[name])
             for name in ("num_rows", "rouge_l", "cross_entropy", "kl")

@@ -16,7 +16,7 @@
 
   const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
 
-  const theme = (isNarrow) => {
+  const theme = () => {
     const text = colour("text"), muted = colour("muted"), line = colour("line");
     const font = getComputedStyle(document.body).fontFamily;
     return {
@@ -31,7 +31,7 @@
       axisY: { minExtent: 44, maxExtent: 44, domain: false, ticks: false, labelPadding: 6, titleX: -40 },
       legend: {
         labelColor: text, titleColor: muted, titleFontWeight: 400, labelFontSize: 12,
-        titleFontSize: 12, symbolType: "square", symbolStrokeWidth: 2, columns: isNarrow ? 2 : 6, offset: 8,
+        titleFontSize: 12, symbolType: "square", symbolStrokeWidth: 2, offset: 8,
       },
       title: { anchor: "start", color: text, fontSize: 12.5, fontWeight: 600, frame: "group", offset: 6 },
       text: { color: muted },
@@ -65,7 +65,7 @@
     }
     const options = {
       mode: "vega-lite", renderer: "canvas", actions: false, ast: true, defaultStyle: false,
-      tooltip: { disableDefaultStyle: true }, config: theme(width < 560),
+      tooltip: { disableDefaultStyle: true }, config: theme(),
     };
     views.get(figure)?.finalize();
     const result = await window.vegaEmbed(figure, spec, options);
@@ -77,8 +77,8 @@
   const button = document.getElementById("theme");
   const choices = ["auto", "light", "dark"];
   button.addEventListener("click", () => {
-    const next = choices[(choices.indexOf(button.textContent) + 1) % choices.length];
-    button.textContent = next;
+    const next = choices[(choices.indexOf(button.textContent.split(" ")[1]) + 1) % choices.length];
+    button.textContent = `theme: ${next}`;
     if (next === "auto") delete root.dataset.theme;
     else root.dataset.theme = next;
     drawAll();
@@ -109,20 +109,27 @@
       loss: (element) => number(element, "gain", 1e9),
       score: (element) => number(element, "score", 1e9),
     };
+    const more = document.getElementById("more");
+    let limit = 8;
     const apply = () => {
       const wanted = new FormData(form);
       const text = wanted.get("text").toLowerCase();
-      let shown = 0;
-      for (const element of cases) {
+      let found = 0;
+      const key = orders[wanted.get("order")];
+      const ordered = [...cases].sort((a, b) => key(a) - key(b));
+      for (const element of ordered) {
         const fits = ["group", "outcome"].every(
           (name) => !wanted.get(name) || element.dataset[name] === wanted.get(name));
-        element.hidden = !(fits && element.textContent.toLowerCase().includes(text));
-        shown += element.hidden ? 0 : 1;
+        const isFound = fits && element.textContent.toLowerCase().includes(text);
+        found += isFound ? 1 : 0;
+        element.hidden = !isFound || found > limit;
       }
-      const key = orders[wanted.get("order")];
-      list.append(...[...cases].sort((a, b) => key(a) - key(b)));
-      form.querySelector("output").textContent = `${shown} of ${cases.length}`;
+      list.append(...ordered);
+      form.querySelector("output").textContent = `${found} of ${cases.length}`;
+      more.hidden = found <= limit;
+      more.textContent = `show ${Math.min(20, found - limit)} more`;
     };
+    more.addEventListener("click", () => { limit += 20; apply(); });
     form.addEventListener("input", apply);
     form.addEventListener("submit", (event) => event.preventDefault());
     apply();
