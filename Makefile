@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env gpu-check lock image-test
+.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env gpu-check lock image-test browser-check docs-check
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
@@ -21,6 +21,7 @@ help:
 	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
 	@echo "make lock         write docker/requirements.*.txt again, from setup.py and constraints.txt"
 	@echo "make image-test   build the CPU image twice and distil inside of it, without a container engine (root, Debian)"
+	@echo "make browser-check  open the HTML pages in a headless Chromium (Debian: apt-get install chromium)"
 	@echo "make clean        remove .venv, build output and runs/quickstart"
 
 install: $(STAMP)
@@ -126,6 +127,16 @@ lock: $(UV)/.installed
 # 15 minutes on two cores, 10 GB; what it needs of Debian it installs. OVERRIDES="curriculum.visits_per_example=7": the whole run.
 image-test: $(STAMP)
 	PYTHON=$(CURDIR)/$(BIN)/python docker/image_test.sh $(OVERRIDES)
+
+# playwright drives the Chromium that is installed; it downloads none. Screenshots: dist/screenshots.
+$(VENV)/.browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[browser]"
+	@touch $@
+
+browser-check: $(VENV)/.browser
+	$(BIN)/python -m pytest -rs -p no:cacheprovider tests/browser/check_pages.py
+
+docs-check: browser-check
 
 clean:
 	rm -rf $(VENV) $(BENCH) $(SBOM) $(UV) build dist *.egg-info runs/quickstart

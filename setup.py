@@ -53,6 +53,8 @@ setup(
         "track": ["tensorboard>=2.18"],
         # `ray job submit` and KubeRay: the job server that the passes alone do not need
         "cluster": ["ray[default]>=2.59"],
+        # `make browser-check`: the report in the Chromium of the system
+        "browser": ["playwright>=1.50"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

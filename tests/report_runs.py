@@ -128,3 +128,34 @@ def write_whole_run(folder: Path, num_rows: int = 24) -> tuple[Config, RunDirect
     (run.export).mkdir()
     (run.export / "config.json").write_text("{}")
     return config, run
+
+
+def _difference(arm: str, metric: str, mean: float, test_set: str) -> dict[str, object]:
+    return {
+        "arm": f"{arm}-pocl", "against": f"{arm}-kd", "metric": metric, "test_set": test_set,
+        "mean": mean, "std": 0.5, "low": mean - 1, "high": mean + 1, "num_seeds": 2,
+        "is_complete": True, "by_seed": {"1": mean, "2": mean},
+    }  # fmt: skip
+
+
+COMPARISON: dict = {
+    "test_sets": {"a": {"num_examples": 9}, "b": {"num_examples": 9}},
+    "bootstrap": {"confidence": 0.95},
+    "marks": [f"reverse_kl-kd, seed 2: failed: {NASTY}"],
+    "versions": {"pocl_dist": "0.1.0"},
+    "differences": [
+        _difference(arm, metric, mean, test_set)
+        for arm, mean in (("forward_kl", 0.4), ("reverse_kl", -2.5))
+        for metric in ("rouge_l", "exact_match")
+        for test_set in ("a", "b", "average")
+    ],
+}
+"""What the page takes of a comparison.json; of a pair without a common seed too."""
+COMPARISON["differences"].append(
+    _difference("none", "rouge_l", 0.0, "average") | {"mean": None, "low": None, "high": None}
+)
+TABLES = {
+    "ROUGE-L": [["method", "arm", "a", "b", "average"],
+                ["forward_kl", "KD", "61.20 ± 0.51", "60.00 ± 0.20", "60.60 ± 0.30"],
+                ["", "KD + POCL", NASTY, "61.00 ± 0.20", "61.00 ± 0.30"]],
+}  # fmt: skip

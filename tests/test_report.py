@@ -17,12 +17,21 @@ from pocl_dist.pipeline.report import report
 from pocl_dist.pipeline.report_numbers import results, time_rows
 from pocl_dist.pipeline.report_page import page as page_module
 from pocl_dist.pipeline.report_page.chart_parts import stage_colours
+from pocl_dist.pipeline.report_page.comparison_page import comparison_page
 from pocl_dist.pipeline.report_page.gather import gather
 from pocl_dist.pipeline.report_page.page import as_json, chart_library, render
 from pocl_dist.pipeline.report_page.run_page import run_page
 from pocl_dist.pipeline.report_page.thinning import evenly, running_mean, thinned
 from pocl_dist.pipeline.run_directory import RunDirectory
-from tests.report_runs import NASTY, write_eval, write_metrics, write_run, write_whole_run
+from tests.report_runs import (
+    COMPARISON,
+    NASTY,
+    TABLES,
+    write_eval,
+    write_metrics,
+    write_run,
+    write_whole_run,
+)
 
 LIBRARY = "/* the charts' library */"
 
@@ -310,3 +319,20 @@ def test_stages_have_colours_of_their_own(num_stages: int) -> None:
     colours = stage_colours(num_stages)
     assert len(set(colours)) == num_stages
     assert all(re.fullmatch("#[0-9A-F]{6}", colour) for colour in colours)
+
+
+def test_a_comparison_page_shows_its_tables_and_the_differences_of_the_average() -> None:
+    html = render(comparison_page("compared", COMPARISON, TABLES, ["Seeds 1, 2."]), LIBRARY)
+    parsed = Parsed(html)
+    assert parsed.tags.count("script") == 3 and "img" not in parsed.tags
+    cells = [cell for line in TABLES["ROUGE-L"] for cell in line]
+    assert all(cell in parsed.text for cell in cells) and "Seeds 1, 2." in parsed.text
+    assert COMPARISON["marks"][0] in parsed.text
+    data = json.loads(parsed.scripts[0])
+    assert data["datasets"]["differences_rouge_l"] == {
+        "name": ["forward_kl-pocl − forward_kl-kd", "reverse_kl-pocl − reverse_kl-kd"],
+        "value": [0.4, -2.5],
+        "low": [-0.6, -3.5],
+        "high": [1.4, -1.5],
+    }
+    assert set(data["charts"]) == {"differences_rouge_l", "differences_exact_match"}

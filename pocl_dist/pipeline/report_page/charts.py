@@ -15,6 +15,9 @@ from pocl_dist.pipeline.report_page.chart_parts import (
 )
 from pocl_dist.pipeline.report_page.series import BEFORE
 
+# Names are longer than the numbers for which the page keeps room.
+_NAMES = {"ticks": False, "domain": False, "minExtent": 0, "maxExtent": 400, "labelLimit": 190}
+
 
 def scatter(num_stages: int) -> Spec:
     """Returns ROUGE-L against cross-entropy of the student before training, coloured by stage."""
@@ -116,7 +119,7 @@ def time_bars(num_bars: int) -> Spec:
         "mark": {"type": "bar"},
         "encoding": {
             "y": {"field": "name", "type": "nominal", "title": None, "sort": None,
-                  "axis": {"ticks": False, "domain": False}},
+                  "axis": _NAMES},
             "x": {"field": "seconds", "type": "quantitative", "title": "seconds",
                   "axis": {"tickCount": 4, "format": "~s"}},
             "tooltip": [number("seconds", "seconds")],
@@ -125,13 +128,18 @@ def time_bars(num_bars: int) -> Spec:
 
 
 def intervals(data: str, title: str, num_rows: int) -> Spec:
-    """Returns differences with their intervals, a row each (`name`, `value`, `low`, `high`)."""
-    y: Spec = {"field": "name", "type": "nominal", "title": None, "sort": None}
+    """Returns differences with their intervals, a row each (`name`, `value`, `low`, `high`).
+
+    An interval that holds 0 is pale.
+    """
+    y: Spec = {"field": "name", "type": "nominal", "title": None, "sort": None, "axis": _NAMES}
     tooltip = [
         {"field": "name", "type": "nominal", "title": "method"},
         *(number(name, name, "+.2f") for name in ("value", "low", "high")),
     ]
     shared: Spec = {"data": {"name": data}}
+    test = "datum.low > 0 || datum.high < 0"
+    is_clear: Spec = {"condition": {"test": test, "value": 1}, "value": 0.45}
     return {
         "height": 28 * num_rows,
         "layer": [
@@ -147,15 +155,17 @@ def intervals(data: str, title: str, num_rows: int) -> Spec:
                     "y": y,
                     "x": {"field": "low", "type": "quantitative", "title": title},
                     "x2": {"field": "high"},
+                    "opacity": is_clear,
                     "tooltip": tooltip,
                 },
             },
             {
                 **shared,
-                "mark": {"type": "circle", "size": 70, "opacity": 1},
+                "mark": {"type": "circle", "size": 70},
                 "encoding": {
                     "y": y,
                     "x": {"field": "value", "type": "quantitative"},
+                    "opacity": is_clear,
                     "tooltip": tooltip,
                 },
             },

@@ -14,6 +14,8 @@ from pocl_dist.pipeline.report_page.series import Row
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import Stage
 
+METRICS = {"rouge_l": "ROUGE-L", "exact_match": "Exact match"}
+"""Name in the files -> title."""
 _MODELS = {
     "teacher": "teacher",
     "student_before": "student before training",
@@ -60,7 +62,8 @@ def _mean_over_sets(evals: Mapping[str, Row], model: str, metric: str) -> float 
 
 def _test_headlines(evals: Mapping[str, Row]) -> Iterator[Headline]:
     where = "" if len(evals) < 2 else f", mean of {len(evals)} sets"
-    for metric, title in (("rouge_l", "Test ROUGE-L"), ("exact_match", "Test exact match")):
+    for metric, name in METRICS.items():
+        title = f"Test set: {name}"
         after = _mean_over_sets(evals, "student", metric)
         if after is None:
             continue
