@@ -178,9 +178,7 @@ def test_the_filters_show_the_answers_that_fit(browser: object, pages: dict[str,
     assert page.locator("#filters output").inner_text() == f"{count} of 100"
     assert visible.count() == min(count, 28)
     page.locator("[name=order]").select_option("loss")
-    gains = [
-        float(str(text)) for text in page.locator(".case:not([hidden]) .gain").all_inner_texts()
-    ]
+    gains = [float(text) for text in page.locator(".case:not([hidden]) .gain").all_inner_texts()]
     assert gains == sorted(gains) and gains[-1] < 0
     page.locator("[name=text]").fill("no such words")
     assert visible.count() == 0
