@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from pocl_dist.config import load_config
+from pocl_dist.curriculum.agreement import agree, applied_digest
 from pocl_dist.curriculum.coordinator import (
     Action,
     Coordinator,
     Instruction,
     Progress,
-    agree,
-    applied_digest,
 )
 from pocl_dist.records import Stage
 from tests.tiny import write_config

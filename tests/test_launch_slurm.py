@@ -109,7 +109,7 @@ def test_the_scripts_are_what_shellcheck_likes(tmp_path: Path, container: str) -
     words = [f"run_dir={json.dumps(HOSTILE)}", f"launch.slurm.container={container}", *image]
     write_files(tmp_path / "files", slurm.render(plan_of(*words)))
     ours = [p for p in (tmp_path / "files").iterdir() if p.suffix in (".sh", ".sbatch")]
-    shared = ("env.sh", "run_phase.sh")
+    shared = ("env.sh", "run_phase.sh", "wait_for.sh")
     names = [str(path) for path in sorted(ours) if path.name not in shared]
     # SC2016: the name of the run holds a $( that must not be expanded.
     command = [shellcheck, "--exclude=SC2016", *names]

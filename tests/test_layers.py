@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "pocl_dist"
 
 # A unit is a folder or a module right under pocl_dist; units of one row never import one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("failpoints",),
+    ("failpoints", "processes"),
     ("errors", "files"),
     ("guards", "versions"),
     ("config", "records"),

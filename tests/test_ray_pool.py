@@ -19,6 +19,7 @@ import ray
 from pocl_dist.config import RayConfig
 from pocl_dist.distributed import ray_session as session
 from pocl_dist.distributed.ray_pool import ActorPool, actor_shape
+from pocl_dist.distributed.ray_reachable import check_reachable
 from pocl_dist.distributed.ray_session import ray_session
 from pocl_dist.errors import (
     ConfigError,
@@ -210,7 +211,7 @@ def test_ray_talks_to_those_with_our_token_only(given: dict[str, str], is_welcom
 
 @pytest.mark.usefixtures("ray_pool")
 def test_a_cluster_with_our_token_can_be_joined() -> None:
-    session.check_reachable(ray.get_runtime_context().gcs_address, 60.0)
+    check_reachable(ray.get_runtime_context().gcs_address, 60.0)
 
 
 @pytest.mark.usefixtures("ray_pool")
@@ -244,7 +245,7 @@ def test_an_address_without_ray_is_one_line(
     address: str, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message) as caught:
-        session.check_reachable(address, 20.0)
+        check_reachable(address, 20.0)
     assert "\n" not in str(caught.value)
 
 

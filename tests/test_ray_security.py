@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pocl_dist.config import RayConfig
-from pocl_dist.distributed import ray_session as session
+from pocl_dist.distributed.ray_reachable import check_reachable
 from pocl_dist.distributed.ray_session import ray_session
 from pocl_dist.errors import RefusedError
 from tests.ranks import free_port
@@ -33,7 +33,7 @@ sys.stdin.read()
 def assert_refused(address: str) -> None:
     """Asks for the cluster as `ray.address` does."""
     with pytest.raises(RefusedError, match=r"lets in whoever reaches.*CVE-2023-48022") as caught:
-        session.check_reachable(address, 60.0)
+        check_reachable(address, 60.0)
     assert caught.value.exit_code == 77
 
 

@@ -9,6 +9,8 @@
 # TERM, USR1, HUP and INT become RUN/control/stop: the step saves and ends with 75. Launchers lose codes
 # (torchrun gives 1; srun gave 0 after a lost node), so what counts is RUN/status.json.
 set -uo pipefail
+# shellcheck source=wait_for.sh
+source "$(dirname "${BASH_SOURCE[0]}")/wait_for.sh"
 
 step=$1
 config=$2
@@ -30,17 +32,7 @@ ask_to_stop() {
 trap ask_to_stop TERM USR1 HUP INT
 
 "$@" &
-pid=$!
-while :; do
-    wait "$pid"
-    code=$?
-    kill -0 "$pid" 2>/dev/null || break       # else a signal ended the wait, not the step
-done
-if [ "$code" -gt 128 ]; then
-    wait "$pid" 2>/dev/null                   # it ended while the signal was handled: its own code
-    last=$?
-    [ "$last" -eq 127 ] || code=$last
-fi
+wait_for $!
 if [ -n "$has_asked" ]; then
     rm -f "$stop_file"                        # honoured, or too late: the next attempt is not to see it
 fi

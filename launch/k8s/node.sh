@@ -9,6 +9,8 @@ set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=../common/env.sh
 source "$here/env.sh"
+# shellcheck source=../common/wait_for.sh
+source "$here/wait_for.sh"
 
 export STEP=$1
 export NUM_NODES=@nodes:word@ RANKS_PER_NODE=@ranks_per_node:word@
@@ -42,16 +44,7 @@ before=$(word)
 bash "$here/run_phase.sh" "$STEP" "$here/config.yaml" bash "$here/torchrun.sh" "$here/config.yaml" &
 pid=$!
 trap 'kill -TERM "$pid" 2>/dev/null' TERM INT HUP USR1    # it makes the stop file of them; we wait on
-while :; do
-    wait "$pid"
-    code=$?
-    kill -0 "$pid" 2>/dev/null || break       # else a signal ended the wait, not the step
-done
-if [ "$code" -gt 128 ]; then
-    wait "$pid" 2>/dev/null                   # it ended while the signal was handled: its own code
-    last=$?
-    [ "$last" -eq 127 ] || code=$last
-fi
+wait_for "$pid"
 
 # Rank 0 has the last word, and it comes after the other pods' ranks have ended. None may count as done before that: the Job
 # would not start it again when rank 0 is. What is done stays done, whatever torchrun says of its own end.

@@ -39,20 +39,8 @@ on_warning() {
 }
 trap on_warning USR1 TERM
 
-# Waits for a process of this shell, whatever signals come; its code is in `code`.
-wait_for() {
-    while :; do
-        wait "$1"
-        code=$?
-        kill -0 "$1" 2>/dev/null || break    # else a signal ended the wait
-    done
-    if [ "$code" -gt 128 ]; then
-        local last
-        wait "$1" 2>/dev/null
-        last=$?
-        [ "$last" -eq 127 ] || code=$last
-    fi
-}
+# shellcheck source=/dev/null
+source "$launch_dir/wait_for.sh"
 
 # Runs the step; arguments: a command instead of `pocl-dist STEP CONFIG`.
 run_phase() {

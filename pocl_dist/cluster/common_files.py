@@ -10,11 +10,14 @@ from pocl_dist.config.shipped import launch_file
 def common_files(
     plan: LaunchPlan, ranks_with: str, ray_address: str | None = None
 ) -> dict[str, str]:
-    """Returns config.yaml, env.sh and run_phase.sh; a job copies nothing from where it was made."""
+    """Returns config, environment and what runs a step; a job copies nothing from elsewhere."""
     return {
         "config.yaml": plan.config_yaml(ranks_with, ray_address),
         "env.sh": env_sh(plan),
-        "run_phase.sh": launch_file("common/run_phase.sh").read_text(encoding="utf-8"),
+        **{
+            name: launch_file(f"common/{name}").read_text(encoding="utf-8")
+            for name in ("run_phase.sh", "wait_for.sh")
+        },
     }
 
 

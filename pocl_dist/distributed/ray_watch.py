@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from pocl_dist.processes import is_alive
+
 DAEMONS = ("gcs_server", "raylet")
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 1.0
@@ -34,10 +36,10 @@ class _Daemons:
         """Returns which one has ended; empty while all live, and before there are any."""
         for pid in _children():
             # A dead child is one of an earlier session that nobody has waited for.
-            if (name := _name(pid)) in DAEMONS and _is_alive(pid):
+            if (name := _name(pid)) in DAEMONS and is_alive(pid):
                 self._names[pid] = name
         for pid, name in self._names.items():
-            if not _is_alive(pid):
+            if not is_alive(pid):
                 return f"Ray's {name} (process {pid}) has ended"
         return ""
 
@@ -54,12 +56,6 @@ def _name(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return ""
-
-
-def _is_alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
 
 
 class _Head:

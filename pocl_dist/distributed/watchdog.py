@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pocl_dist.errors import WorkerError
+from pocl_dist.processes import is_alive
 
 EXIT_CODE = 71
 _ALARM = "alarm.json"
@@ -142,11 +143,7 @@ class Watchdog:
     def _is_dead(self, row: Mapping[str, object]) -> bool:
         if row.get("host") != socket.gethostname():
             return False
-        try:
-            state = Path(f"/proc/{row['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        return state in "ZX"
+        return not is_alive(int(str(row["pid"])))
 
     @staticmethod
     def _name(row: Mapping[str, object]) -> str:

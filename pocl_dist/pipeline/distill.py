@@ -12,7 +12,8 @@ from functools import partial
 import torch
 
 from pocl_dist.config import Config
-from pocl_dist.curriculum.coordinator import Action, Instruction, agree, applied_digest
+from pocl_dist.curriculum.agreement import agree, applied_digest
+from pocl_dist.curriculum.coordinator import Action, Instruction
 from pocl_dist.distributed.collectives import gather_texts, on_any_rank
 from pocl_dist.distributed.engine import (
     learning_rate_of,

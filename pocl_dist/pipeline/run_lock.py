@@ -22,6 +22,7 @@ from pathlib import Path
 from pocl_dist.errors import BusyError, WorkerError
 from pocl_dist.files import JSONValue, guarded, read_json, writing
 from pocl_dist.pipeline.run_directory import ATTEMPT_VARIABLE
+from pocl_dist.processes import started_at
 
 REFRESH_SECONDS = 10.0
 LEASE_SECONDS = 3 * REFRESH_SECONDS
@@ -34,18 +35,6 @@ def _place() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         container = os.readlink("/proc/self/ns/pid")
     return f"{socket.gethostname()} {boot} {container}"
-
-
-def _started_at(pid: int) -> str | None:
-    """Returns when a process of this machine began (clock ticks); None when it is gone.
-
-    Process ids are used again: the same id with another start is another process.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def _holder(path: Path) -> dict[str, JSONValue] | None:
@@ -90,7 +79,7 @@ def _is_held(path: Path, held: Mapping[str, JSONValue], is_patient: bool = False
     """Returns whether a lock's holder may still be at work; `is_patient`: it may take a lease."""
     pid = held.get("pid")
     if held.get("place") == _place() and isinstance(pid, int):
-        return _started_at(pid) == held.get("started_at")
+        return started_at(pid) == held.get("started_at")
     age_seconds = _age_seconds(path)
     if is_patient and age_seconds < -REFRESH_SECONDS:
         return _is_refreshed(path)
@@ -158,7 +147,7 @@ def _take(root: Path) -> int:
             "pid": pid,
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "place": _place(),
-            "started_at": _started_at(pid),
+            "started_at": started_at(pid),
         }
         try:
             data = json.dumps(value).encode()

@@ -10,7 +10,8 @@ from pocl_dist.cluster.doctor.case import Case
 from pocl_dist.cluster.doctor.finding import Finding, ok, warning
 from pocl_dist.config import Config
 from pocl_dist.config.steps import steps_of
-from pocl_dist.distributed.ray_session import check_reachable, check_token_mode
+from pocl_dist.distributed.ray_reachable import check_reachable
+from pocl_dist.distributed.ray_session import check_token_mode
 
 LONGEST_WAIT_SECONDS = 30.0
 
