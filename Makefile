@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env docs docs-check gpu-check lock image-test bench-scale
+.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env docs docs-check gpu-check lock image-test bench-scale browser-check
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
@@ -24,6 +24,7 @@ help:
 	@echo "make image-test   build the CPU image twice and distil inside of it, without a container engine (root, Debian)"
 	@echo "make docs         the documentation as a site in build/docs, warnings are errors"
 	@echo "make docs-check   run the commands of the documentation that need no GPU (ten minutes)"
+	@echo "make browser-check  open the HTML pages in a headless Chromium (Debian: apt-get install chromium)"
 	@echo "make clean        remove .venv, build output and runs/quickstart"
 
 install: $(STAMP)
@@ -148,8 +149,17 @@ docs: $(DOCS)/.installed
 	@echo "build/docs/index.html"
 
 # NAMES="quickstart data" runs the commands of some pages.
-docs-check: $(STAMP)
+docs-check: $(STAMP) browser-check
 	$(BIN)/python -m tests.docs_run $(NAMES)
+
+# playwright drives the Chromium that is installed; it downloads none. Screenshots: dist/screenshots.
+$(VENV)/.browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[browser]"
+	@touch $@
+
+browser-check: $(VENV)/.browser
+	$(BIN)/python -m pytest -rs -p no:cacheprovider tests/browser/check_pages.py
+
 
 clean:
 	rm -rf $(VENV) $(BENCH) $(SBOM) $(UV) $(DOCS) build dist *.egg-info runs/quickstart

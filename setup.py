@@ -31,6 +31,7 @@ setup(
         "pocl_dist.bundled": ["*.jsonl", "*.json", "*.md", "teacher/*", "student/*"],
         "pocl_dist.configs": ["*.yaml"],
         "pocl_dist.launch": ["**/*.*"],
+        "pocl_dist.pipeline.report_page": ["templates/*"],
     },
     install_requires=[
         "torch>=2.10",
@@ -43,6 +44,8 @@ setup(
         "pydantic>=2.10",
         "pyyaml>=6.0",
         "rich>=13.0",
+        "jinja2>=3.1",  # docs/decisions/dependencies.md
+        "vl-convert-python>=1.9",  # docs/decisions/dependencies.md
         "accelerate>=1.1",  # docs/decisions/dependencies.md
         "peft>=0.18",  # docs/decisions/dependencies.md
     ],
@@ -52,6 +55,8 @@ setup(
         "cluster": ["ray[default]>=2.59"],
         # the documentation's generator and theme: docs/decisions/documentation.md
         "docs": ["sphinx>=8.2", "myst-parser>=5", "furo>=2025.12.19", "ziamath>=0.13"],
+        # `make browser-check`: the report in the Chromium of the system
+        "browser": ["playwright>=1.50"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -43,7 +43,7 @@ CONFIG_COMMANDS = {
     "cache": "let the teacher answer every training row once (teacher.source: cache_*)",
     "distill": "train the student as planned (DeepSpeed) and export it",
     "evaluate": "answer the test sets with the export; ROUGE-L and exact match (Ray)",
-    "report": "sum the run up in report.json",
+    "report": "sum the run up in report.json and report.html",
 }
 
 # Where the function of each command lies; imported when it is called.

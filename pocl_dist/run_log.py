@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +18,17 @@ if TYPE_CHECKING:
 
 
 class MetricsLog:
-    """Appends JSON lines to `metrics.jsonl`; a resumed run first drops those it writes again."""
+    """Appends JSON lines to `metrics.jsonl`; a resumed run first drops those it writes again.
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [row for row in read_json_lines(path) if int(row["step"]) <= resume_step]  # type: ignore
+    `unfinished`: kinds that it writes again also at `resume_step` itself.
+    """
+
+    def __init__(self, path: Path, resume_step: int, unfinished: Collection[str] = ()) -> None:
+        kept = [
+            row
+            for row in read_json_lines(path)
+            if int(row["step"]) < resume_step + (row["kind"] not in unfinished)  # type: ignore
+        ]
         # The line of a step is written after the step: at the resumed step it is already there.
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = path
@@ -39,6 +46,22 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the file."""
         self._stream.close()
+
+
+def numbers_of(row: Mapping[str, object]) -> dict[str, float]:
+    """Returns the numbers of a line, as trackers take them; those of a list each by its own name.
+
+    Names of a list count from 1: `rouge_l_1` is the first quarter's.
+    """
+    flat: dict[str, object] = {}
+    for key, value in row.items():
+        parts = enumerate(value, start=1) if isinstance(value, list) else ()
+        flat |= {f"{key}_{number}": part for number, part in parts} or {key: value}
+    return {
+        key: float(value)
+        for key, value in flat.items()
+        if isinstance(value, int | float) and key != "step"
+    }
 
 
 class TrainingDisplay:

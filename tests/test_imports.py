@@ -57,6 +57,7 @@ COMMANDS = {
     "verify": "verify run",
     "score": "score --predictions predictions.jsonl --references references.jsonl",
     "plan": "plan tiny_cpu.yaml run_dir=planned curriculum.num_stages=1",
+    "report": "report tiny_cpu.yaml run_dir=run curriculum.num_stages=1",
     "plan, shuffled": "plan tiny_cpu.yaml run_dir=shuffled curriculum.ordering=shuffled",
 }
 

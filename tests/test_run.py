@@ -125,6 +125,7 @@ def test_the_run_directory_holds_what_the_readme_promises(run_dir: Path) -> None
         "plan.json",
         "metrics.jsonl",
         "report.json",
+        "report.html",
         "status.json",
         "manifest.json",
     ]

@@ -9,7 +9,7 @@ import pytest
 
 from pocl_dist.errors import ConfigError
 from pocl_dist.files import read_json_lines
-from pocl_dist.run_log import MetricsLog, TrainingDisplay
+from pocl_dist.run_log import MetricsLog, TrainingDisplay, numbers_of
 from pocl_dist.trackers import open_trackers
 
 
@@ -22,6 +22,20 @@ def test_a_resumed_log_keeps_the_lines_up_to_its_step_and_drops_a_torn_one(tmp_p
     log.close()
     rows = read_json_lines(path)
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1 / 3), (2, 1 / 3), (3, 0.1)]
+
+
+def test_a_line_of_the_resumed_step_that_is_written_again_is_dropped_first(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [("step", 1), ("step", 2), ("dev", 2), ("quarters", 2), ("step", 3)]
+    path.write_text("".join(json.dumps({"kind": kind, "step": n}) + "\n" for kind, n in rows))
+    MetricsLog(path, 2, unfinished=("quarters",)).close()
+    kept = [(row["kind"], row["step"]) for row in read_json_lines(path)]
+    assert kept == [("step", 1), ("step", 2), ("dev", 2)]
+
+
+def test_trackers_get_each_number_of_a_list_under_a_name_of_its_own() -> None:
+    row = {"kind": "quarters", "step": 7, "rouge_l": [1.5, None], "seconds": 2, "metric": "x"}
+    assert numbers_of(row) == {"rouge_l_1": 1.5, "seconds": 2.0}
 
 
 def test_a_number_that_is_not_finite_is_never_written(tmp_path: Path) -> None:

@@ -69,6 +69,9 @@ def test_the_wheel_holds_configs_launch_files_rows_and_models(unpacked: Path) ->
     for name in ("train", "dev", "test"):
         mine, theirs = package / "bundled" / f"{name}.jsonl", f"pocl_dist/bundled/{name}.jsonl"
         assert mine.read_bytes() == (REPOSITORY / theirs).read_bytes()
+    templates = Path("pipeline") / "report_page" / "templates"
+    shipped = {path.name for path in (package / templates).iterdir()}
+    assert shipped == {path.name for path in (REPOSITORY / "pocl_dist" / templates).iterdir()}
     assert (package / "py.typed").exists()
     assert not (unpacked / "tests").exists()
 

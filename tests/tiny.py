@@ -100,6 +100,7 @@ def write_config(
             "max_prompt_tokens": 48,
         },
         "curriculum": {"num_stages": 2, "epochs_per_stage": 2, "ordering": "shuffled"},
+        "dev": {"quarter_rows": 0},
         "generation": {"max_new_tokens": 6, "batch_size": 8},
         "optimizer": {"learning_rate": 1e-3},
         "engine": {"micro_batch_size": 3, "global_batch_size": 8},

@@ -77,3 +77,7 @@ class DevConfig(Section):
     """ROUGE-L of greedy answers (higher is better), or cross-entropy (lower is better)."""
     every: Annotated[int, Field(ge=1)] | None = None
     """Steps between dev evaluations, besides those at stage ends; null: at stage ends only."""
+    quarter_rows: Annotated[int, Field(ge=0)] = 16
+    """Training rows per difficulty quarter that are answered and scored before training and at each
+    stage end, to show what is forgotten; 0: none. Costs 4 times as many greedy answers and forward
+    passes, and meanwhile a copy of the student per rank, as the dev metric does."""

@@ -77,6 +77,13 @@ class EvaluateConfig(Section):
     """Also evaluate the teacher and the student before training."""
 
 
+class ReportConfig(Section):
+    """What stands in `report.html`."""
+
+    answers: Annotated[int, Field(ge=0, le=200)] = 100
+    """Sampled prompts with the models' answers; they are your data: 0 leaves them out."""
+
+
 class RayConfig(Section):
     """The actors of measure, generate and evaluate."""
 

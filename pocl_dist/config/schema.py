@@ -19,6 +19,7 @@ from pocl_dist.config.pass_sections import (
     GenerationConfig,
     MeasureConfig,
     RayConfig,
+    ReportConfig,
 )
 from pocl_dist.config.section import Section, Text
 from pocl_dist.config.training_sections import (
@@ -53,6 +54,7 @@ class Config(Section):
     measure: MeasureConfig = MeasureConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
     teacher: TeacherConfig = TeacherConfig()
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()

@@ -25,6 +25,7 @@ class Action(IntEnum):
     SAVE = 2
     STOP = 3
     FINISH = 4
+    QUARTERS = 5
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Progress:
     stage: int = 0
     step_in_stage: int = 0
     evaluated_at: int = -1
+    quarters_at: int = -1
     saved_at: int = -1
     best_dev: float | None = None
     best_step: int = -1
@@ -85,11 +87,19 @@ class Progress:
 class Coordinator:
     """Holds the progress on every rank; only rank 0's decision counts."""
 
-    def __init__(self, stages: Sequence[Stage], config: Config, rank: Rank, has_dev: bool) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        config: Config,
+        rank: Rank,
+        has_dev: bool,
+        has_quarters: bool = False,
+    ) -> None:
         self.stages = stages
         self.config = config
         self.rank = rank
         self.has_dev = has_dev
+        self.has_quarters = has_quarters
         self.progress = Progress()
 
     def next_instruction(self, is_stop_asked: bool, is_save_asked: bool) -> Instruction:
@@ -122,6 +132,9 @@ class Coordinator:
         )
         if self.has_dev and is_dev_due and progress.evaluated_at != progress.step:
             return Action.EVALUATE
+        are_quarters_due = is_stage_over or progress.step == 0
+        if self.has_quarters and are_quarters_due and progress.quarters_at != progress.step:
+            return Action.QUARTERS
         is_best = self.config.export.select == "best_dev" and progress.best_step == progress.step
         is_save_due = is_stage_over or is_save_asked or is_best
         is_save_due = is_save_due or (
@@ -201,6 +214,10 @@ class Coordinator:
     def record_save(self) -> None:
         """Notes that the present step is saved; called before the progress is written."""
         self.progress.saved_at = self.progress.step
+
+    def record_quarters(self) -> None:
+        """Notes that the difficulty quarters were scored at the present step."""
+        self.progress.quarters_at = self.progress.step
 
     def record_dev(self, value: float) -> None:
         """Takes in a dev metric (same on all ranks): best so far, convergence of the stage."""

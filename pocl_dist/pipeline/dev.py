@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Row = tuple[Example, EncodedExample]
+
 
 def evaluate_on_dev(
     training: Training, is_stop_asked: Callable[[], bool], on_batch: Callable[[], None]
@@ -68,7 +70,7 @@ def evaluate_on_dev(
 def dev_metrics(
     engine: DeepSpeedEngine,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[Example, EncodedExample]],
+    rows: Sequence[Row],
     config: Config,
     rank: Rank,
     names: Sequence[str],
@@ -82,37 +84,66 @@ def dev_metrics(
     together.
     """
     model = plain_copy(engine)
-    ordered = sorted(rows, key=lambda row: (row[1].num_prompt_tokens, row[1].example_id))
-    size = config.generation.batch_size
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    batches = batches_of(rows, config.generation.batch_size)
     means = {}
     for name in dict.fromkeys(names):
-        totals = [(0.0, 0)]
-        for first in range(0, len(batches), rank.world_size):
-            on_batch()
-            failpoint("evaluate.batch")
-            if on_any_rank(is_stop_asked(), rank):
-                return None
-            if first + rank.index >= len(batches):
-                continue
-            batch = batches[first + rank.index]
+
+        def score(batch: Sequence[Row], name: str = name) -> tuple[float, float]:
             if name == "rouge_l":
-                totals.append(_rouge_sum(model, tokenizer, batch, config.generation.max_new_tokens))
-            else:
-                totals.append(_cross_entropy_sum(model, tokenizer, [item for _, item in batch]))
-        mine = [math.fsum(total for total, _ in totals), sum(count for _, count in totals)]
-        sums = gather_floats(mine, rank)
-        means[name] = math.fsum(row[0] for row in sums) / math.fsum(row[1] for row in sums)
+                return rouge_sum(model, tokenizer, batch, config.generation.max_new_tokens)
+            return _cross_entropy_sum(model, tokenizer, [item for _, item in batch])
+
+        sums = sums_by_group([batches], 2, score, rank, is_stop_asked, on_batch)
+        if sums is None:
+            return None
+        means[name] = sums[0][0] / sums[0][1]
     return means
 
 
-def _rouge_sum(
+def batches_of(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Returns the rows in batches of like prompt length: a function of the rows alone."""
+    ordered = sorted(rows, key=lambda row: (row[1].num_prompt_tokens, row[1].example_id))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def sums_by_group(
+    groups: Sequence[Sequence[Sequence[Row]]],
+    width: int,
+    score: Callable[[Sequence[Row]], Sequence[float]],
+    rank: Rank,
+    is_stop_asked: Callable[[], bool],
+    on_batch: Callable[[], None],
+) -> list[list[float]] | None:
+    """Returns, per group of batches, the `width` sums of what `score` says of each. Collective.
+
+    Batches are dealt to the ranks round by round. In every round each rank calls `score`, which may
+    be collective, with no rows where it has no batch left; that must count as nothing. None when a
+    rank was asked to stop.
+    """
+    dealt = [(group, batch) for group, batches in enumerate(groups) for batch in batches]
+    found: list[list[Sequence[float]]] = [[] for _ in groups]
+    for first in range(0, len(dealt), rank.world_size):
+        on_batch()
+        failpoint("evaluate.batch")
+        if on_any_rank(is_stop_asked(), rank):
+            return None
+        place = first + rank.index
+        group, batch = dealt[place] if place < len(dealt) else (0, [])
+        found[group].append(score(batch))
+    mine = [math.fsum(row[i] for row in rows) for rows in found for i in range(width)]
+    totals = [math.fsum(column) for column in zip(*gather_floats(mine, rank), strict=True)]
+    return [totals[start : start + width] for start in range(0, len(totals), width)]
+
+
+def rouge_sum(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[tuple[Example, EncodedExample]],
+    batch: Sequence[Row],
     max_new_tokens: int,
-) -> tuple[float, int]:
+) -> tuple[float, float]:
     """Returns the sum of ROUGE-L in % over the rows, and their number."""
+    if not batch:
+        return 0.0, 0.0
     prompts = [encoded.prompt_ids for _, encoded in batch]
     answers = generate_answers(model, tokenizer, prompts, Sampling(max_new_tokens))
     scores = [
@@ -126,8 +157,10 @@ def _cross_entropy_sum(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[EncodedExample],
-) -> tuple[float, int]:
+) -> tuple[float, float]:
     """Returns the sum of cross-entropy over all response tokens, and their number."""
+    if not examples:
+        return 0.0, 0.0
     means = mean_cross_entropies(model, collate(examples, pad_id_of(tokenizer)), len(tokenizer))
     counts = [example.num_response_tokens for example in examples]
     return math.fsum(mean * n for mean, n in zip(means, counts, strict=True)), sum(counts)

@@ -31,6 +31,7 @@ from pocl_dist.failpoints import failpoint
 from pocl_dist.pipeline.agreement import agree_on_setup
 from pocl_dist.pipeline.dev import evaluate_on_dev
 from pocl_dist.pipeline.nonfinite import skip_step
+from pocl_dist.pipeline.quarters import evaluate_quarters
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_lock import abandonment
 from pocl_dist.pipeline.save import export, finish_save, is_save_wanted, save
@@ -103,6 +104,8 @@ def _distill(
                 _train(training, instruction, stop)
             elif instruction.action == Action.EVALUATE:
                 evaluate_on_dev(training, stop.is_asked, lambda: watchdog.beat("evaluate"))
+            elif instruction.action == Action.QUARTERS:
+                evaluate_quarters(training, stop.is_asked, lambda: watchdog.beat("quarters"))
             elif instruction.action == Action.SAVE:
                 save(training)
                 training.tell_status()

@@ -48,7 +48,8 @@ RESULT_KEYS = (
     "data.max_tokens",
     "data.max_prompt_tokens",
     "curriculum",
-    "dev",
+    "dev.metric",
+    "dev.every",
     "generation",  # of the dev metric
     "loss.name",
     "loss.kwargs",

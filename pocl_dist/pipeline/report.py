@@ -1,69 +1,48 @@
-"""report: the run in one JSON file and table: stages, losses, test sets, where the time went."""
+"""report: the run in one JSON file, one HTML page, and tables. Loads no torch.
+
+A run that is not whole is reported as far as it goes: what is missing, unfinished or made from
+something else is marked in both files (report_page/findings.py).
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from pocl_dist.config import Config
 from pocl_dist.errors import MissingInputError
-from pocl_dist.files import JSONValue, atomic_write_json, read_json, read_json_lines
+from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text
+from pocl_dist.pipeline.progress import say, warn
+from pocl_dist.pipeline.report_numbers import results, time_rows
+from pocl_dist.pipeline.report_page.gather import gather
+from pocl_dist.pipeline.report_page.page import chart_library, render
+from pocl_dist.pipeline.report_page.run_page import run_page
 from pocl_dist.pipeline.run_directory import RunDirectory
 
-# The curriculum's own cost; everything else would be there without it.
-OVERHEAD_STEPS = ("measure", "plan")
-
-
-def _stage_rows(metrics: list[dict[str, JSONValue]]) -> list[JSONValue]:
-    """Returns per stage the mean loss of first and last epoch, its steps and last dev metric."""
-    losses: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    dev: dict[int, float] = {}
-    for row in metrics:
-        stage = int(cast("int", row["stage"]))
-        if row["kind"] == "step":
-            losses[stage][int(cast("int", row["epoch"]))].append(float(cast("float", row["loss"])))
-        elif row["kind"] == "dev":
-            dev[stage] = float(cast("float", row["value"]))
-    rows: list[JSONValue] = []
-    for stage, by_epoch in sorted(losses.items()):
-        first, last = by_epoch[min(by_epoch)], by_epoch[max(by_epoch)]
-        rows.append(
-            {
-                "stage": stage,
-                "num_steps": sum(map(len, by_epoch.values())),
-                "first_epoch_loss": sum(first) / len(first),
-                "last_epoch_loss": sum(last) / len(last),
-                "dev": dev.get(stage),
-            }
-        )
-    return rows
-
-
-def _time_rows(run: RunDirectory) -> dict[str, JSONValue]:
-    timings = {name: float(cast("float", value)) for name, value in read_json(run.timings).items()}
-    total = sum(timings.values())
-    overhead = sum(timings.get(step, 0.0) for step in OVERHEAD_STEPS)
-    return {
-        "seconds": cast("JSONValue", timings),
-        "total_seconds": total,
-        "measure_and_plan_share": overhead / total if total else 0.0,
-    }
-
-
-def results(run: RunDirectory) -> dict[str, JSONValue]:
-    """Returns what the report says of training and test sets: a function of their files."""
-    evals = {path.parent.name: read_json(path) for path in sorted(run.eval.glob("*/report.json"))}
-    stages = _stage_rows(read_json_lines(run.metrics))
-    return {"stages": stages, "eval": cast("JSONValue", evals)}
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def report(config: Config, run: RunDirectory) -> None:
-    """Writes `report.json` and prints it as tables."""
-    if not run.metrics.exists():
-        raise MissingInputError(f"{run.metrics} does not exist: run distill first")
-    value = results(run) | {"time": _time_rows(run) if run.timings.exists() else {}}
-    atomic_write_json(run.root / "report.json", value)
-    _print(value)
+    """Writes `report.json` and `report.html` and prints the tables.
+
+    Raises MissingInputError (66) where no step has left anything yet.
+    """
+    if not (run.metrics.exists() or run.plan.exists() or run.difficulty.exists()):
+        raise MissingInputError(
+            f"{run.root} holds neither difficulty/ nor plan.json nor metrics.jsonl: "
+            "there is nothing to report; run `pocl-dist run` first"
+        )
+    numbers = results(run) | {"time": time_rows(run)}
+    found = gather(config, run, numbers)
+    numbers["findings"] = [finding.to_json() for finding in found.findings]
+    atomic_write_json(run.root / "report.json", numbers)
+    page = run.root / "report.html"
+    atomic_write_text(page, render(run_page(found), chart_library()))
+    _print(numbers)
+    for finding in found.findings:
+        if finding.kind != "missing":
+            warn(f"report: {finding.kind}: {finding.text} ({finding.remedy})")
+    say(f"report: {page}")
 
 
 def _print(value: dict[str, JSONValue]) -> None:
@@ -78,7 +57,11 @@ def _print(value: dict[str, JSONValue]) -> None:
         dev = "" if row["dev"] is None else f"{row['dev']:.2f}"
         losses = (f"{row['first_epoch_loss']:.4f}", f"{row['last_epoch_loss']:.4f}")
         stages.add_row(str(row["stage"] + 1), str(row["num_steps"]), *losses, dev)
-    console.print(stages)
+    if stages.row_count:
+        console.print(stages)
+    quarters = _quarter_table(cast("list[dict[str, JSONValue]]", value["quarters"]))
+    if quarters.row_count:
+        console.print(quarters)
     tests = Table("test set", "model", "ROUGE-L", "exact match", title="Test sets")
     for name, result in cast("dict[str, dict[str, object]]", value["eval"]).items():
         baselines = cast("dict[str, dict[str, float]]", result.get("baselines") or {})
@@ -100,3 +83,14 @@ def _print(value: dict[str, JSONValue]) -> None:
             f"{100 * time_used['measure_and_plan_share']:.1f} % of "
             f"{time_used['total_seconds']:.0f} s."
         )
+
+
+def _quarter_table(rows: list[dict[str, JSONValue]]) -> Table:
+    """Returns ROUGE-L of each quarter, easy to hard, before training and at the stage ends."""
+    from rich.table import Table
+
+    table = Table("step", "Q1 easy", "Q2", "Q3", "Q4 hard", title="ROUGE-L by difficulty quarter")
+    for row in rows:
+        values = cast("list[float | None]", row["rouge_l"])
+        table.add_row(str(row["step"]), *("" if v is None else f"{v:.2f}" for v in values))
+    return table

@@ -41,14 +41,14 @@ class EncodedRows(Sequence[EncodedExample]):
     """The rows of a source in the order of `places`, encoded on demand."""
 
     def __init__(self, rows: Rows, encoder: Encoder, places: np.ndarray) -> None:
-        self._rows = rows
+        self.rows = rows
         self._encoder = encoder
-        self._places = places
+        self.places = places
         self._kept: dict[int, _Kept] = {}
         self._num_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     @overload
     def __getitem__(self, place: int) -> EncodedExample: ...
@@ -58,20 +58,20 @@ class EncodedRows(Sequence[EncodedExample]):
 
     def __getitem__(self, place: int | slice) -> EncodedExample | list[EncodedExample]:
         if isinstance(place, slice):
-            return [self.row(row) for row in self._places[place].tolist()]
-        return self.row(int(self._places[place]))
+            return [self.row(row) for row in self.places[place].tolist()]
+        return self.row(int(self.places[place]))
 
     @property
     def num_rows(self) -> int:
         """Returns the rows of the source, those without a place among them."""
-        return len(self._rows.examples)
+        return len(self.rows.examples)
 
     def row(self, row: int) -> EncodedExample:
         """Returns a row by its place in the source."""
         kept = self._kept.get(row)
         if kept is not None:
             return replace(kept.example, token_ids=tuple(kept.token_ids))
-        example = self._encoder.encode(self._rows.examples[row])
+        example = self._encoder.encode(self.rows.examples[row])
         if self._num_bytes < KEPT_BYTES:
             self._kept[row] = _Kept(replace(example, token_ids=()), array("i", example.token_ids))
             self._num_bytes += 4 * len(example.token_ids) + _ROW_BYTES
@@ -79,7 +79,7 @@ class EncodedRows(Sequence[EncodedExample]):
 
     def of_ids(self, names: Iterable[str]) -> dict[str, EncodedExample]:
         """Returns {example id: its row} of a few rows; reads all ids once."""
-        ids = self._rows.ids()
+        ids = self.rows.ids()
         places = np.flatnonzero(is_in(ids, text_array(set(names))))
         return {example.example_id: example for example in map(self.row, places.tolist())}
 

@@ -35,6 +35,7 @@ from pocl_dist.pipeline.inputs import (
     teacher_source,
 )
 from pocl_dist.pipeline.plan_files import plan_digest, ranked_rows, read_plan
+from pocl_dist.pipeline.quarter_rows import quarter_rows
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.run_lock import check_not_fenced
 from pocl_dist.pipeline.status import TrainingStatus
@@ -42,7 +43,7 @@ from pocl_dist.pipeline.student import StudentWithLoss
 from pocl_dist.pipeline.student_engine import student_engine
 from pocl_dist.pipeline.train_rows import EncodedRows, check_rows
 from pocl_dist.records import EncodedExample, Example, Plan
-from pocl_dist.run_log import MetricsLog, TrainingDisplay
+from pocl_dist.run_log import MetricsLog, TrainingDisplay, numbers_of
 from pocl_dist.teacher.base import Teacher
 from pocl_dist.teacher.online import OnlineTeacher
 from pocl_dist.trackers import open_trackers
@@ -66,6 +67,7 @@ class Training:
     inputs: dict[str, JSONValue]  # config keys and digests that the result depends on
     examples: EncodedRows  # in the order of the ranking
     dev_rows: list[tuple[Example, EncodedExample]]
+    quarters: list[list[tuple[Example, EncodedExample]]]  # training rows, easy to hard; or none
     student: ModelFolder
     tokenizer: PreTrainedTokenizerBase
     teacher: Teacher | None
@@ -96,12 +98,7 @@ class Training:
             return
         self.log.write(row)
         for tracker in self.trackers:
-            numbers = {
-                key: float(v)
-                for key, v in row.items()
-                if isinstance(v, int | float) and key != "step"
-            }
-            tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers)
+            tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers_of(row))
 
     def tell_status(self) -> None:
         """Writes to `status.json` how far training is, on rank 0."""
@@ -156,7 +153,10 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
 
     checkpoint = find_checkpoint(run.checkpoints, rank, digest_of(inputs), config.resume.on_damage)
     writer = CheckpointWriter(run.checkpoints, rank, lambda: check_not_fenced(run.root))
-    coordinator = Coordinator(plan.stages, config, rank, has_dev=dev is not None)
+    quarters = quarter_rows(config, run, examples, rank)
+    coordinator = Coordinator(
+        plan.stages, config, rank, has_dev=dev is not None, has_quarters=bool(quarters)
+    )
     policy = _policy(config, plan, examples, rank, checkpoint)
     if checkpoint is not None:
         coordinator.progress = progress_of(checkpoint)
@@ -183,6 +183,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples]
         if dev
         else [],
+        quarters=quarters,
         student=student,
         tokenizer=tokenizer,
         teacher=teacher,
@@ -190,9 +191,16 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         coordinator=coordinator,
         policy=policy,
         writer=writer,
-        log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
+        log=_log(run, resume_step, coordinator.progress) if rank.is_main else None,
         display=display,
     )
+
+
+def _log(run: RunDirectory, resume_step: int, progress: Progress) -> MetricsLog:
+    """Returns the log. A stop saves before it evaluates: such lines may be there already."""
+    done_at = {"dev": progress.evaluated_at, "quarters": progress.quarters_at}
+    unfinished = [kind for kind, step in done_at.items() if step != resume_step]
+    return MetricsLog(run.metrics, resume_step, unfinished)
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:

@@ -49,7 +49,7 @@ def _rows(chain: Chain) -> Iterator[str]:
             yield f"{path.relative_to(chain.run.root).as_posix()}: is not what was written"
 
 
-def _difficulty(chain: Chain) -> Iterator[str]:
+def difficulty(chain: Chain) -> Iterator[str]:
     name = "difficulty/inputs.json"
     if name in chain.sha256 and needs_difficulty(chain.config):
         expected = difficulty_files.config_keys(chain.config)
@@ -109,7 +109,7 @@ def _cache(chain: Chain) -> Iterator[str]:
 _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
     ("shards", _shards),
     ("rows", _rows),
-    ("difficulty", _difficulty),
+    ("difficulty", difficulty),
     ("plan.json", _plan),
     ("generated", _generated),
     ("teacher_cache", _cache_entries),

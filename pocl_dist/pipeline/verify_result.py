@@ -11,7 +11,7 @@ from pocl_dist.models.sources import MARKER, ModelFolder, model_digest
 from pocl_dist.pipeline import evaluate
 from pocl_dist.pipeline.inputs import result_inputs
 from pocl_dist.pipeline.plan_files import plan_digest, read_plan
-from pocl_dist.pipeline.report import results
+from pocl_dist.pipeline.report_numbers import results
 from pocl_dist.pipeline.verify_records import Chain, Record, differing, same
 
 # The same as in distributed.checkpoint, which loads torch.
@@ -127,7 +127,7 @@ def report(chain: Chain) -> Iterator[str]:
     expected = results(chain.run)
     evals, theirs = (cast("Record", value["eval"]) for value in (record, expected))
     stale = [name for name in evals if evals[name] != theirs.get(name)]
-    if record["stages"] != expected["stages"]:
+    if any(record[key] != expected[key] for key in ("stages", "quarters") if key in record):
         yield "report.json: is not about metrics.jsonl as it is; run `pocl-dist report`"
     for name in stale:
         yield f"report.json: is not about eval/{name}/report.json as it is; run `pocl-dist report`"

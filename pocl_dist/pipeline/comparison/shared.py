@@ -28,7 +28,8 @@ from pocl_dist.pipeline.generated_files import output_file
 from pocl_dist.pipeline.init_student import init_student
 from pocl_dist.pipeline.inputs import read_prompts, read_train
 from pocl_dist.pipeline.measure import measure
-from pocl_dist.pipeline.plan import make_plan, read_plan
+from pocl_dist.pipeline.plan import make_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.probes import resumed_results
 from pocl_dist.pipeline.progress import say
 from pocl_dist.pipeline.run_directory import RunDirectory
