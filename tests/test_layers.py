@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("failpoints", "processes"),
     ("errors", "files"),
     ("guards", "versions"),
-    ("config", "records"),
+    ("config", "records", "display"),
     (
         "data",
         "models",

@@ -211,4 +211,4 @@ def _log_step(
         row["overflow"] = True
     training.record(row)
     if training.rank.is_main:
-        training.display.step(row, len(training.plan.stages))
+        training.display.step(row, instruction.step_in_stage + 1, seconds)

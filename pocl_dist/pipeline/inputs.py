@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pocl_dist.config import Config, ModelConfig, StudentConfig, select_keys
 from pocl_dist.data.sets import check_enough
 from pocl_dist.data.sources import Rows, read_rows
+from pocl_dist.display.output import say
 from pocl_dist.errors import RefusedError
 from pocl_dist.files import (
     JSONValue,
@@ -224,9 +225,8 @@ def encode_all(
     num_prompts = sum(item.is_prompt_cut for item in encoded.values())
     num_responses = sum(item.is_response_cut for item in encoded.values())
     if rank.is_main and num_prompts + num_responses:
-        print(
+        say(
             f"{what}: {num_prompts} prompts and {num_responses} responses cut, "
-            f"of {len(encoded)} rows",
-            flush=True,
+            f"of {len(encoded)} rows"
         )
     return encoded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pocl_dist.config import Config
 from pocl_dist.config.steps import needs_difficulty
+from pocl_dist.display.output import warn
 from pocl_dist.distributed.rank_rules import check_ranks
 from pocl_dist.models.config_fit import check_layers, check_positions, check_top_k
 from pocl_dist.models.tokenizer_checks import check_head_rows, check_same_tokenizer
@@ -28,10 +29,7 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
     train, dev, tests = read_prompts(config), read_dev(config), read_eval_sets(config)
     num_bad = write_quarantine(run, [train, *([dev] if dev else []), *tests.values()])
     if num_bad:
-        print(
-            f"WARNING: {num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}",
-            flush=True,
-        )
+        warn(f"{num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}")
     if config.measure.engine == "server" and needs_difficulty(config):
         find_server(config)
     teacher = teacher_source(config, run)

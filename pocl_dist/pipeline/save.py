@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from pocl_dist.display.output import say
 from pocl_dist.distributed.checkpoint import (
     committed_steps,
     find_checkpoint,
@@ -188,5 +189,5 @@ def export(training: Training) -> None:
             training.plan.stages,
             finished_record(config, run),
         )
-        print(f"exported step {checkpoint.step} to {run.export}", flush=True)
+        say(f"exported step {checkpoint.step} to {run.export}")
     barrier(rank)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Coordinator, Progress
+from pocl_dist.display.output import say
+from pocl_dist.display.training import TrainingDisplay
 from pocl_dist.distributed.checkpoint import (
     Checkpoint,
     agree_on_digest,
@@ -40,7 +42,7 @@ from pocl_dist.pipeline.status import TrainingStatus
 from pocl_dist.pipeline.student import StudentWithLoss
 from pocl_dist.pipeline.student_engine import student_engine
 from pocl_dist.records import EncodedExample, Example, Plan
-from pocl_dist.run_log import MetricsLog, TrainingDisplay
+from pocl_dist.run_log import MetricsLog
 from pocl_dist.teacher.base import Teacher
 from pocl_dist.teacher.online import OnlineTeacher
 from pocl_dist.trackers import open_trackers
@@ -166,7 +168,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_encoded = encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
     resume_step = -1 if checkpoint is None else checkpoint.step
-    display = TrainingDisplay(sum(stage.num_steps for stage in plan.stages), config.log.every)
+    display = TrainingDisplay([stage.num_steps for stage in plan.stages], config.log.every)
     if rank.is_main:
         _say_start(config, rank, checkpoint)
     return Training(
@@ -200,15 +202,14 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
 def _say_start(config: Config, rank: Rank, checkpoint: Checkpoint | None) -> None:
     engine = config.engine
     if checkpoint is not None:
-        print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
+        say(f"resumed from {checkpoint.folder} (step {checkpoint.step})")
     num_batches = num_micro_batches(
         engine.global_batch_size, rank.world_size, engine.micro_batch_size
     )
-    print(
+    say(
         f"distill: {rank.world_size} rank(s) on {rank.device.type}, ZeRO stage "
         f"{engine.zero_stage}, {torch_dtype(engine.dtype, rank.device)}, from {num_batches} "
-        f"micro-batch(es) of at most {engine.micro_batch_size} rows per rank and step",
-        flush=True,
+        f"micro-batch(es) of at most {engine.micro_batch_size} rows per rank and step"
     )
 
 
@@ -226,10 +227,9 @@ def _policy(
         state = cast("dict[str, JSONValue]", checkpoint.state["policy"])
         policy.restore(state, dict(checkpoint.tensors(REPLAY)), encoded)
     if rank.is_main:
-        print(
+        say(
             f"policy {config.policy.mode}: steps on the student's own answers use the divergence "
-            "alone (KD ratio 1, whatever curriculum.kd_ratio says)",
-            flush=True,
+            "alone (KD ratio 1, whatever curriculum.kd_ratio says)"
         )
     return policy
 
