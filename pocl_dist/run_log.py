@@ -13,7 +13,13 @@ class MetricsLog:
     """Appends JSON lines to `metrics.jsonl`; a resumed run first drops those it writes again."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [row for row in read_json_lines(path) if int(row["step"]) <= resume_step]  # type: ignore
+        rows = read_json_lines(path)
+        kept = [row for row in rows if int(row["step"]) <= resume_step]  # type: ignore
+        self.written_before: dict[str, int] = {}
+        """{kind: last step} of an earlier attempt, those that are dropped among them."""
+        for row in rows:
+            kind, step = str(row["kind"]), int(row["step"])  # type: ignore[arg-type]
+            self.written_before[kind] = max(step, self.written_before.get(kind, -1))
         # The line of a step is written after the step: at the resumed step it is already there.
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = path

@@ -182,14 +182,25 @@ def is_live() -> bool:
 
 
 def make_console() -> Console:
-    """Returns a console that leaves the cursor visible: a killed process could not show it again"""
+    """Returns a console that leaves the cursor visible, which a killed process could not do later.
+
+    It goes on when its reader has left.
+    """
     from rich.console import Console
 
-    class CursorStays(Console):
+    class Terminal(Console):
         def show_cursor(self, show: bool = True) -> bool:
             return False
 
-    return CursorStays()
+        def on_broken_pipe(self) -> None:
+            _forget_stdout()
+
+    return Terminal()
+
+
+def show(renderable: object) -> None:
+    """Prints a table; in JSON mode to stderr, for people."""
+    make_console().print(renderable)
 
 
 @contextlib.contextmanager

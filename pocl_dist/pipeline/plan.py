@@ -12,7 +12,7 @@ from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.curriculum.stages import make_stages, order
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import fuse
-from pocl_dist.display.output import say, warn
+from pocl_dist.display.output import say, show, warn
 from pocl_dist.errors import DataError, MismatchError, MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of, read_json, sha256_file
 from pocl_dist.guards import inside
@@ -203,7 +203,6 @@ def read_plan(path: Path) -> Plan:
 
 
 def _show(plan: Plan, global_batch_size: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{len(plan.ranking)} rows in {len(plan.stages)} stages")
@@ -220,7 +219,7 @@ def _show(plan: Plan, global_batch_size: int) -> None:
             str(stage.num_steps),
             f"{visits:.0f}",
         )
-    Console().print(table)
+    show(table)
     visits_per_row = sum(stage.num_examples * stage.epochs for stage in plan.stages) / len(
         plan.ranking
     )

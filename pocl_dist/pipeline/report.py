@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import cast
 
 from pocl_dist.config import Config
+from pocl_dist.display.output import make_console
 from pocl_dist.errors import MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, read_json, read_json_lines
 from pocl_dist.pipeline.run_directory import RunDirectory
@@ -67,10 +68,9 @@ def report(config: Config, run: RunDirectory) -> None:
 
 
 def _print(value: dict[str, JSONValue]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = make_console()
     stages = Table(
         "stage", "steps", "loss, first epoch", "loss, last epoch", "dev", title="Training"
     )

@@ -33,7 +33,7 @@ FILES = (
     "checkpoints/*",
     "nonfinite/*",
     "metrics.jsonl",
-    "tensorboard/*",
+    "trackers/*",
     "export/*",
     "eval/*",
     "report.json",

@@ -45,7 +45,8 @@ from pocl_dist.records import EncodedExample, Example, Plan
 from pocl_dist.run_log import MetricsLog
 from pocl_dist.teacher.base import Teacher
 from pocl_dist.teacher.online import OnlineTeacher
-from pocl_dist.trackers import open_trackers
+from pocl_dist.trackers.registry import wanted_trackers
+from pocl_dist.trackers.sender import Trackers
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -74,6 +75,7 @@ class Training:
     policy: OnPolicy | None  # None: the references are trained on
     writer: CheckpointWriter
     log: MetricsLog | None  # rank 0 writes, the others do not
+    trackers: Trackers | None
     display: TrainingDisplay
     saved_at_seconds: float = field(default_factory=time.monotonic)
     save_under_way: SaveUnderWay | None = None
@@ -95,13 +97,8 @@ class Training:
         if self.log is None:
             return
         self.log.write(row)
-        for tracker in self.trackers:
-            numbers = {
-                key: float(v)
-                for key, v in row.items()
-                if isinstance(v, int | float) and key != "step"
-            }
-            tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers)
+        if self.trackers is not None:
+            self.trackers.send(row)
 
     def tell_status(self) -> None:
         """Writes to `status.json` how far training is, on rank 0."""
@@ -119,22 +116,17 @@ class Training:
         )
         self.run.write_status("running", None, "distill", training=status)
 
-    def __post_init__(self) -> None:
-        folder, step = self.run.root, self.coordinator.progress.step
-        self.trackers = (
-            open_trackers(self.config.log.tensorboard, folder, step) if self.rank.is_main else []
-        )
-
     def close(self) -> None:
         """Closes the log and the trackers."""
         if self.log is not None:
             self.log.close()
-        for tracker in self.trackers:
-            tracker.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
 
 def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     """Loads all that the loop needs, resumed from the newest good checkpoint if any. Collective."""
+    wanted_trackers(config.log)  # refused before anything is loaded, on all ranks
     num_micro_batches(
         config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size
     )
@@ -171,6 +163,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     display = TrainingDisplay([stage.num_steps for stage in plan.stages], config.log.every)
     if rank.is_main:
         _say_start(config, rank, checkpoint)
+    log = MetricsLog(run.metrics, resume_step) if rank.is_main else None
     return Training(
         config=config,
         run=run,
@@ -188,7 +181,8 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         coordinator=coordinator,
         policy=policy,
         writer=writer,
-        log=MetricsLog(run.metrics, resume_step) if rank.is_main else None,
+        log=log,
+        trackers=log and Trackers(config, run.root, resume_step, log.written_before),
         display=display,
     )
 
