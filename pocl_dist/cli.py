@@ -67,13 +67,8 @@ STEP_FUNCTIONS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pocl-dist",
-        description="Distil a language model with the POCL curriculum (arXiv 2506.05695).",
-    )
-    parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _add_config_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `run` and the steps: a config, and how they show what they do."""
     for name, text in CONFIG_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
@@ -99,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
             )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pocl-dist",
+        description="Distil a language model with the POCL curriculum (arXiv 2506.05695).",
+    )
+    parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_config_commands(commands)
     text = "memory, time and disk that a config needs on a cluster; loads no model"
     add_arguments(commands.add_parser("estimate", help=text, description=text))
     verify = commands.add_parser(

@@ -205,7 +205,7 @@ def test_letters_that_stdout_does_not_know_are_escaped(monkeypatch: pytest.Monke
 def test_json_lines_of_ranks_are_handed_on_and_what_else_they_print_goes_to_stderr(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    code = """print('{"event": "step", "step": 1}', flush=True); print("[INFO] launcher", flush=True)"""
+    code = """print('{"event": "step", "step": 1}'); print("[INFO] launcher")"""
     with output.kept():
         output.use("json")
         with subprocess.Popen([sys.executable, "-c", code], stdout=output.for_child()) as child:

@@ -87,7 +87,7 @@ def say(text: str) -> None:
         emit("note", text=text)
     elif _State.live is not None:
         _State.live.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
-    else:
+    elif _State.mode == "auto":
         _print(printable(text))
 
 
@@ -184,7 +184,7 @@ def is_live() -> bool:
 def make_console() -> Console:
     """Returns a console that leaves the cursor visible, which a killed process could not do later.
 
-    It goes on when its reader has left.
+    It goes on when its reader has left. In JSON mode it writes to stderr.
     """
     from rich.console import Console
 
@@ -195,7 +195,7 @@ def make_console() -> Console:
         def on_broken_pipe(self) -> None:
             _forget_stdout()
 
-    return Terminal()
+    return Terminal(stderr=_State.mode == "json", quiet=_State.mode == "quiet")
 
 
 def show(renderable: object) -> None:

@@ -8,6 +8,7 @@ from pocl_dist.display.output import warn
 from pocl_dist.distributed.rank_rules import check_ranks
 from pocl_dist.models.config_fit import check_layers, check_positions, check_top_k
 from pocl_dist.models.tokenizer_checks import check_head_rows, check_same_tokenizer
+from pocl_dist.pipeline.harness import check_harness
 from pocl_dist.pipeline.inputs import (
     read_dev,
     read_eval_sets,
@@ -32,6 +33,7 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
         warn(f"{num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}")
     if config.measure.engine == "server" and needs_difficulty(config):
         find_server(config)
+    check_harness(config)
     teacher = teacher_source(config, run)
     from pocl_dist.models.loading import (
         load_tokenizer,

@@ -9,6 +9,7 @@ from pocl_dist.config import Config
 from pocl_dist.display.output import make_console
 from pocl_dist.errors import MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, read_json, read_json_lines
+from pocl_dist.pipeline.harness import read_results
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 # The curriculum's own cost; everything else would be there without it.
@@ -55,7 +56,10 @@ def results(run: RunDirectory) -> dict[str, JSONValue]:
     """Returns what the report says of training and test sets: a function of their files."""
     evals = {path.parent.name: read_json(path) for path in sorted(run.eval.glob("*/report.json"))}
     stages = _stage_rows(read_json_lines(run.metrics))
-    return {"stages": stages, "eval": cast("JSONValue", evals)}
+    found: dict[str, JSONValue] = {"stages": stages, "eval": cast("JSONValue", evals)}
+    if harness := read_results(run):
+        found["harness"] = harness
+    return found
 
 
 def report(config: Config, run: RunDirectory) -> None:

@@ -24,6 +24,7 @@ from pocl_dist.distributed.process_group import torch_dtype
 from pocl_dist.files import JSONValue, digest_of
 from pocl_dist.pipeline.export import write_export
 from pocl_dist.pipeline.inputs import finished_record
+from pocl_dist.pipeline.model_card import model_card
 from pocl_dist.pipeline.run_directory import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
@@ -185,8 +186,15 @@ def export(training: Training) -> None:
             training.tokenizer,
             checkpoint,
             dtype,
-            config,
-            training.plan.stages,
+            config.models.student.lora,
+            model_card(
+                config,
+                run,
+                training.plan.stages,
+                training.inputs,
+                checkpoint.step,
+                training.student.folder,
+            ),
             finished_record(config, run),
         )
         say(f"exported step {checkpoint.step} to {run.export}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from pocl_dist.config import Config
+from pocl_dist.config.keys import flatten
 from pocl_dist.display.output import warn
 from pocl_dist.files import JSONValue, atomic_write_json, read_json
 from pocl_dist.trackers.base import TrackedRun, Tracker
@@ -101,14 +102,7 @@ class Sender:
 def tracked_config(config: Config) -> dict[str, JSONValue]:
     """Returns {dotted key: value} for trackers; not how jobs are started, whose variables may be
     secret."""
-
-    def flat(value: JSONValue, prefix: str) -> dict[str, JSONValue]:
-        if not isinstance(value, dict) or not value:
-            return {prefix: value}
-        parts = [flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
-        return {key: item for part in parts for key, item in part.items()}
-
-    return flat(config.model_dump(mode="json", exclude={"launch"}), "")
+    return flatten(config.model_dump(mode="json", exclude={"launch"}))
 
 
 class Trackers:
