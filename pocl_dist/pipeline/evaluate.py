@@ -24,7 +24,7 @@ from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.difficulty_files import model_inputs
 from pocl_dist.pipeline.eval_answers import STUDENT, Pair, remove_shards, write_answers
 from pocl_dist.pipeline.eval_report import write_reports
-from pocl_dist.pipeline.harness import run_harness
+from pocl_dist.pipeline.harness import check_harness, run_harness
 from pocl_dist.pipeline.inputs import make_encoder, read_eval_sets, student_source, teacher_source
 from pocl_dist.pipeline.model_card import update_card
 from pocl_dist.pipeline.quarantine import Quarantine
@@ -63,6 +63,7 @@ def evaluate(config: Config, run: RunDirectory) -> None:
         raise MissingInputError(
             f"{run.export} holds no exported student: run `pocl-dist distill` first"
         )
+    check_harness(config)
     sets = read_eval_sets(config)
     if sets:
         _evaluate_sets(config, run, sets)

@@ -22,7 +22,7 @@ from pocl_dist.files import (
 from pocl_dist.models.loading import load_model
 from pocl_dist.models.lora import add_lora, merge_lora
 from pocl_dist.models.sources import MARKER, ModelFolder
-from pocl_dist.pipeline.model_card import FILE
+from pocl_dist.pipeline.card_names import FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -81,10 +81,9 @@ def check_harness(config: Config) -> None:
 def run_harness(config: Config, run: RunDirectory) -> None:
     """Writes the figures of the tasks that are missing, and prints all as a table.
 
-    Raises ConfigError (64) as `check_harness`, MismatchError (78) for figures that were made from
-    other inputs, StoppedError (75) within a second of a request.
+    Raises MismatchError (78) for figures that were made from other inputs, StoppedError (75) within
+    a second of a request. What `check_harness` looks at is checked before.
     """
-    check_harness(config)
     tasks = config.evaluate.harness
     inputs = {task: _inputs(config, run, task) for task in tasks}
     missing = [task for task in tasks if not _is_done(task_file(run, task), inputs[task])]

@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import cast
 
 from pocl_dist.config import Config, select_keys
 from pocl_dist.config.loss_names import LOSSES, complete_kwargs
 from pocl_dist.data.encoding import render_plain
 from pocl_dist.files import JSONValue, atomic_write_text, digest_of, read_json, read_json_lines
+from pocl_dist.pipeline.card_names import FILE, front_matter, public_name
 from pocl_dist.pipeline.harness import figures_of
 from pocl_dist.pipeline.inputs import result_inputs
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import Example, Stage
 from pocl_dist.versions import versions
 
-FILE = "README.md"
 SCORES_HEAD = "\n## Scores\n\n"
 TRAINING_HEAD = "\n\n## Training\n\n"
 
@@ -38,19 +38,6 @@ FORMULAS: Mapping[str, str] = {
     "alpha_beta": "the α-β divergence (arXiv 2505.04560), α = {alpha:g}, β = {beta:g}",
 }
 """Of a token, with the teacher's and the student's probabilities t and s at temperature T."""
-
-
-def public_name(path: str) -> str:
-    """Returns a hub id or package as it is; of a local path the last part only."""
-    is_public = path.startswith("package:") or is_hub_id(path)
-    return path if is_public else PurePath(path).name
-
-
-def is_hub_id(path: str) -> bool:
-    """Returns whether a path of a config is a hub id: nothing of that name lies here."""
-    owner, _, name = path.partition("@")[0].partition("#")[0].partition("/")
-    is_plain = bool(owner and name) and "/" not in name and not owner.startswith((".", "~"))
-    return is_plain and not Path(path).exists() and not name.endswith((".jsonl", ".parquet"))
 
 
 def _origin(config: Config) -> str:
@@ -205,35 +192,6 @@ output = model.generate(**inputs, max_new_tokens={config.generation.max_new_toke
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(answer)
 ```"""
-
-
-def _license(folder: Path) -> str | None:
-    """Returns the licence that the card of the student before training names, if it has one."""
-    from huggingface_hub.repocard import metadata_load
-
-    card = folder / FILE
-    found = metadata_load(card) if card.is_file() else None
-    value = (found or {}).get("license")
-    return value if isinstance(value, str) else None
-
-
-def front_matter(config: Config, student_folder: Path) -> str:
-    """Returns the YAML that the hub reads, between its `---` lines."""
-    from huggingface_hub import ModelCardData
-
-    teacher, student = config.models.teacher, config.models.student
-    paths = [student.path or (teacher and teacher.path) or ""]
-    data = ModelCardData(
-        base_model=paths[0] if is_hub_id(paths[0]) else None,
-        datasets=[config.data.train.partition("@")[0].partition("#")[0]]
-        if is_hub_id(config.data.train)
-        else None,
-        library_name="transformers",
-        license=_license(student_folder),
-        pipeline_tag="text-generation",
-        tags=["distillation", "pocl"] if teacher is not None else ["sft"],
-    )
-    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def model_card(

@@ -45,7 +45,6 @@ from pocl_dist.records import EncodedExample, Example, Plan
 from pocl_dist.run_log import MetricsLog
 from pocl_dist.teacher.base import Teacher
 from pocl_dist.teacher.online import OnlineTeacher
-from pocl_dist.trackers.registry import wanted_trackers
 from pocl_dist.trackers.sender import Trackers
 
 if TYPE_CHECKING:
@@ -126,7 +125,6 @@ class Training:
 
 def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     """Loads all that the loop needs, resumed from the newest good checkpoint if any. Collective."""
-    wanted_trackers(config.log)  # refused before anything is loaded, on all ranks
     num_micro_batches(
         config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size
     )
