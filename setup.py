@@ -47,10 +47,13 @@ setup(
         "peft>=0.18",  # docs/decisions/dependencies.md
     ],
     extras_require={
-        "track": ["tensorboard>=2.18", "wandb>=0.20", "mlflow-skinny>=3.0"],
-        # docs/decisions/dependencies.md: apart, because it asks for an older pillow
-        "trackio": ["trackio>=0.40"],
-        "harness": ["lm_eval>=0.4.9"],
+        "track": [
+            "tensorboard>=2.18",
+            "wandb>=0.20",
+            "mlflow-skinny>=3.10",
+            "trackio>=0.40",
+        ],
+        "harness": ["lm_eval>=0.4.13"],
         # `ray job submit` and KubeRay: the job server that the passes alone do not need
         "cluster": ["ray[default]>=2.59"],
         "dev": [

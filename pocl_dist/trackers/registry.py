@@ -27,7 +27,7 @@ TRACKERS: Mapping[str, Entry] = MappingProxyType(
         "tensorboard": Entry("tensorboard", "track", "TensorBoardTracker"),
         "wandb": Entry("wandb", "track", "WandbTracker"),
         "mlflow": Entry("mlflow", "track", "MlflowTracker"),
-        "trackio": Entry("trackio", "trackio", "TrackioTracker"),
+        "trackio": Entry("trackio", "track", "TrackioTracker"),
     }
 )
 
