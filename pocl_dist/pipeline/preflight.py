@@ -20,6 +20,7 @@ from pocl_dist.pipeline.inputs import (
 from pocl_dist.pipeline.rank_launcher import check_can_start
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.server_answers import find_server
+from pocl_dist.trackers.registry import wanted_trackers
 
 
 def check_inputs(config: Config, run: RunDirectory) -> None:
@@ -27,13 +28,14 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
 
     Cheap things first: a bad row is known in milliseconds, a tokenizer takes seconds.
     """
+    wanted_trackers(config.log)
+    check_harness(config)
     train, dev, tests = read_prompts(config), read_dev(config), read_eval_sets(config)
     num_bad = write_quarantine(run, [train, *([dev] if dev else []), *tests.values()])
     if num_bad:
         warn(f"{num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}")
     if config.measure.engine == "server" and needs_difficulty(config):
         find_server(config)
-    check_harness(config)
     teacher = teacher_source(config, run)
     from pocl_dist.models.loading import (
         load_tokenizer,
