@@ -175,7 +175,7 @@ def _prompt(config: Config) -> str:
             "text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, "
             "tokenize=False)"
         )
-    prompt = render_plain(template, Example("", "", ()))
+    prompt = render_plain(template, Example("", "", "", ()))
     return f"text = {prompt.prefix!r} + {ask} + {prompt.suffix!r}"
 
 

@@ -180,9 +180,13 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         policy=policy,
         writer=writer,
         log=log,
-        trackers=log and Trackers(config, run.root, resume_step, log.written_before),
+        trackers=None if log is None else _trackers(config, run, resume_step, log),
         display=display,
     )
+
+
+def _trackers(config: Config, run: RunDirectory, resume_step: int, log: MetricsLog) -> Trackers:
+    return Trackers(config, run.root, resume_step, log.written_before)
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:
