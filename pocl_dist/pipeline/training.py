@@ -180,13 +180,9 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         policy=policy,
         writer=writer,
         log=log,
-        trackers=None if log is None else _trackers(config, run, resume_step, log),
+        trackers=Trackers(config, run.root, resume_step, log.written_before) if log else None,
         display=display,
     )
-
-
-def _trackers(config: Config, run: RunDirectory, resume_step: int, log: MetricsLog) -> Trackers:
-    return Trackers(config, run.root, resume_step, log.written_before)
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:
