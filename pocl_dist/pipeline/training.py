@@ -116,11 +116,12 @@ class Training:
         self.run.write_status("running", None, "distill", training=status)
 
     def close(self) -> None:
-        """Closes the log and the trackers."""
+        """Closes the log and the trackers. Collective: who left first would have all ended."""
         if self.log is not None:
             self.log.close()
         if self.trackers is not None:
             self.trackers.close()
+        barrier(self.rank)
 
 
 def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
