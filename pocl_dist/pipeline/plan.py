@@ -12,7 +12,7 @@ from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.curriculum.stages import make_stages, order
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import fuse
-from pocl_dist.display.output import say, show, warn
+from pocl_dist.display.output import show
 from pocl_dist.errors import DataError, MismatchError, MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of, read_json, sha256_file
 from pocl_dist.guards import inside
@@ -24,6 +24,7 @@ from pocl_dist.pipeline.difficulty_files import (
     write_records,
 )
 from pocl_dist.pipeline.inputs import read_train
+from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord, Plan, RankedExample, Stage
 
