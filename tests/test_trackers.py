@@ -245,3 +245,16 @@ def test_trackers_get_every_config_value_but_not_how_jobs_are_started(tmp_path: 
     assert values["optimizer.learning_rate"] == 1e-4
     assert values["models.student.path"] == "student"
     assert not any(key.startswith("launch") for key in values)
+
+
+def test_numbers_of_a_list_have_names_of_their_own_and_words_have_none() -> None:
+    line = {
+        "kind": "quarters",
+        "step": 4,
+        "rouge_l": [1.5, None, 2.5],
+        "names": ["a"],
+        "seconds": 2,
+    }
+    row = row_of(line)
+    assert (row.kind, row.step) == ("quarters", 4)
+    assert row.values == {"rouge_l_1": 1.5, "rouge_l_3": 2.5, "seconds": 2.0}

@@ -38,8 +38,15 @@ class Row:
 
 
 def row_of(line: Mapping[str, object]) -> Row:
-    """Returns the numbers of a line of `metrics.jsonl`; words and lists are left out."""
-    numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+    """Returns the numbers of a line of `metrics.jsonl`; those of a list by names that count from 1.
+
+    Words are left out.
+    """
+    flat: dict[str, object] = {}
+    for key, value in line.items():
+        parts = enumerate(value, start=1) if isinstance(value, list) else ()
+        flat |= {f"{key}_{number}": part for number, part in parts} or {key: value}
+    numbers = {k: float(v) for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
     return Row(str(line["kind"]), int(cast("int", line["step"])), numbers)
 
 
