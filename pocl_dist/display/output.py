@@ -60,7 +60,7 @@ def use(wanted: Mode) -> None:
         _State.json_descriptor = os.dup(1)
         os.dup2(2, 1)
     else:
-        _forget_stdout()
+        _forget(1)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,10 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Prints a warning on stderr: something is allowed, but probably not what was meant."""
     emit("warning", text=text)
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    try:
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # `2>&1 | head`
+        _forget(2)
 
 
 def emit(event: str, **values: object) -> None:
@@ -117,12 +120,13 @@ def flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _forget_stdout()
+        _forget(1)
 
 
-def _forget_stdout() -> None:
+def _forget(descriptor: int) -> None:
+    """Sends to nowhere what is still written there: nobody reads it any more."""
     with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), descriptor)
 
 
 def _finite(value: object) -> JSONValue:
@@ -173,7 +177,7 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _forget_stdout()
+        _forget(1)
 
 
 def is_live() -> bool:
@@ -193,7 +197,7 @@ def make_console() -> Console:
             return False
 
         def on_broken_pipe(self) -> None:
-            _forget_stdout()
+            _forget(1)
 
     return Terminal(stderr=_State.mode == "json", quiet=_State.mode == "quiet")
 

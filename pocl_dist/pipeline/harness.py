@@ -128,7 +128,8 @@ def _worked_off(
         # Its stdout holds nothing of ours. A session of its own: Ctrl-C is for us to act on.
         process = subprocess.Popen(
             [sys.executable, "-m", "pocl_dist.pipeline.harness_worker", str(path)],
-            env=environment, stdout=subprocess.DEVNULL, start_new_session=True,
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
         index = 0
         try:
@@ -148,7 +149,7 @@ def _worked_off(
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.communicate()
         _raise_error(Path(folder) / "error.json", process.returncode)
 
 

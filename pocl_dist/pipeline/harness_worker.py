@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -101,9 +103,15 @@ def work(job: dict[str, JSONValue]) -> None:
         atomic_write_json(Path(str(job["folder"])) / f"{index}.json", kept)
 
 
+def _end_with_parent() -> None:
+    sys.stdin.read()  # nothing comes; it ends when the parent does, however that ended
+    os._exit(1)
+
+
 def main(path: Path) -> None:
     """Works off the job in `path`; errors that are no bug are written beside it."""
     job = read_json(path)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         try:
             work(job)
