@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,19 @@ def test_a_stop_ends_the_process_of_the_harness_within_a_second(tmp_path: Path) 
     asked = iter([False, True])
     with pytest.raises(StoppedError, match="the same command goes on"):
         list(harness._worked_off(job, lambda: next(asked)))  # type: ignore[arg-type]
+
+
+@needs_harness
+def test_the_process_of_the_harness_does_not_outlive_the_one_that_started_it(
+    tmp_path: Path,
+) -> None:
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"tasks": ["arc_easy"], "model": "nowhere"}))
+    words = [sys.executable, "-m", "pocl_dist.pipeline.harness_worker", str(job)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.close()  # as the system does for a parent that is killed
+    assert process.wait(60) == 71
 
 
 @needs_harness

@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pocl_dist.errors import ConfigError, MissingInputError, PoclError, UnavailableError
+from pocl_dist.errors import (
+    ConfigError,
+    MissingInputError,
+    PoclError,
+    UnavailableError,
+    WorkerError,
+)
 from pocl_dist.files import JSONValue, atomic_write_json, read_json
 
 if TYPE_CHECKING:
@@ -105,7 +111,7 @@ def work(job: dict[str, JSONValue]) -> None:
 
 def _end_with_parent() -> None:
     sys.stdin.read()  # nothing comes; it ends when the parent does, however that ended
-    os._exit(1)
+    os._exit(WorkerError.exit_code)
 
 
 def main(path: Path) -> None:
