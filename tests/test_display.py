@@ -97,7 +97,10 @@ def test_a_stage_that_ends_early_shortens_the_whole(capsys: pytest.CaptureFixtur
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["4/20", "5/14"]
 
 
-@pytest.mark.parametrize(("width", "encoding"), [(80, "utf-8"), (80, "ascii"), (40, "utf-8")])
+@pytest.mark.parametrize(
+    ("width", "encoding"),
+    [(80, "utf-8"), (80, "ascii"), (40, "utf-8"), (40, "ascii"), (20, "utf-8")],
+)
 def test_the_live_display_fits_into_the_terminal_whatever_it_can_show(
     width: int, encoding: str
 ) -> None:
@@ -115,7 +118,11 @@ def test_the_live_display_fits_into_the_terminal_whatever_it_can_show(
         assert "stage 1/2" in shown[0] and "123/300" in shown[0] and "ETA 1:28" in shown[0]
         assert "123/1200" in shown[1] and "ETA 8:58" in shown[1]
         assert "T=1.33 ratio=0.80 loss=2.0000 1234 tok/s" in shown[2]
-        assert "measure" in shown[3] and "11000/12345 rows" in shown[3]
+        full, empty = ("━", "─") if encoding == "utf-8" else ("#", "-")
+        assert all(full in line and empty in line for line in (*shown[:2], shown[3]))
+    if width >= 40:
+        assert "123/1200 ETA" in shown[1] and shown[3].startswith("measure ")
+        assert "11000/12345 rows" in shown[3]
 
 
 def test_rows_are_told_with_speed_tokens_and_eta(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
 from pocl_dist.display import output
+from pocl_dist.display.bars import Bar, lines_of
 from pocl_dist.display.eta import SmoothedRate, duration
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions
+    from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -80,18 +83,7 @@ class RowProgress:
         """Prints a line above the bar."""
         output.say(text)
 
-    def __rich__(self) -> Table:
-        """Returns the live line."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table.grid(padding=(0, 1), expand=True)
-        table.add_column(no_wrap=True)
-        table.add_column(ratio=1)
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(no_wrap=True)
-        bar = ProgressBar(max(self._total, 1), self._num_done)
-        count = f"{self._num_done}/{self._total} rows"
-        table.add_row(Text(self._title), bar, Text(count), Text(self._speed()))
-        return table
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
+        """Draws the live line."""
+        right = f"{self._num_done}/{self._total} rows{self._speed(', ')}"
+        yield from lines_of([Bar(self._title, self._num_done, self._total, right)], options)

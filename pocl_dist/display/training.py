@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pocl_dist.display import output
+from pocl_dist.display.bars import Bar, lines_of
 from pocl_dist.display.eta import Remaining, StepClock, duration
 
 if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions
+    from rich.text import Text
 
 
 class TrainingDisplay:
@@ -76,38 +77,24 @@ class TrainingDisplay:
         """Prints a line above the live display."""
         output.say(text)
 
-    def __rich__(self) -> Group:
-        """Returns the live display: three lines that fit into 80 columns."""
-        from rich.console import Group
-        from rich.text import Text
-
-        figures = Text(self._figures, no_wrap=True, overflow="ellipsis")
-        return Group(self._bars(), figures)
-
-    def _bars(self) -> Table:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
+        """Draws the live display: three lines that fit into 80 columns."""
         from rich.text import Text
 
         in_stage = self._num_steps_of_stage[self._stage]
         left = self._left or Remaining(self._num_steps, in_stage, None, None)
-        table = Table.grid(padding=(0, 1), expand=True)
-        table.add_column(no_wrap=True)
-        table.add_column(ratio=1)
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(no_wrap=True)
         rows = (
             (self._stage_words, in_stage, in_stage - left.num_stage_steps, left.stage_seconds),
             ("all", self._num_steps, self._num_steps - left.num_steps, left.seconds),
         )
-        for title, total, done, seconds in rows:
-            table.add_row(
-                Text(title),
-                ProgressBar(max(total, 1), done),
-                Text(f"{done}/{total}"),
-                Text(f"ETA {duration(seconds)}"),
-            )
-        return table
+        yield from lines_of(
+            [
+                Bar(title, done, total, f"{done}/{total} ETA {duration(seconds)}")
+                for title, total, done, seconds in rows
+            ],
+            options,
+        )
+        yield Text(self._figures, no_wrap=True, overflow="crop")
 
 
 def _figures(row: Mapping[str, object]) -> str:
