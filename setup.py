@@ -50,7 +50,13 @@ setup(
         "peft>=0.18",  # docs/decisions/dependencies.md
     ],
     extras_require={
-        "track": ["tensorboard>=2.18"],
+        "track": [
+            "tensorboard>=2.18",
+            "wandb>=0.20",
+            "mlflow-skinny>=3.10",
+            "trackio>=0.40",
+        ],
+        "harness": ["lm_eval>=0.4.13"],
         # `ray job submit` and KubeRay: the job server that the passes alone do not need
         "cluster": ["ray[default]>=2.59"],
         # the documentation's generator and theme: docs/decisions/documentation.md

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pocl_dist import __version__
 from pocl_dist.cluster.estimate.arguments import add_arguments, options_of
 from pocl_dist.cluster.targets import TARGETS
+from pocl_dist.display import output
 from pocl_dist.errors import (
     EXIT_CODES,
     MismatchError,
@@ -46,6 +47,11 @@ CONFIG_COMMANDS = {
     "report": "sum the run up in report.json and report.html",
 }
 
+OUTPUT_OPTIONS: dict[output.Mode, str] = {
+    "quiet": "print warnings and errors only; the same as log.output=quiet",
+    "json": "print one JSON object per line, the last one states the outcome; log.output=json",
+}
+
 # Where the function of each command lies; imported when it is called.
 STEP_FUNCTIONS = {
     "run": ("run", "run_all"),
@@ -63,13 +69,8 @@ STEP_FUNCTIONS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pocl-dist",
-        description="Distil a language model with the POCL curriculum (arXiv 2506.05695).",
-    )
-    parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _add_config_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `run` and the steps: a config, and how they show what they do."""
     for name, text in CONFIG_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
@@ -78,10 +79,33 @@ def _parser() -> argparse.ArgumentParser:
             metavar="CONFIG.yaml | section.key=value",
             help="files are layered left to right",
         )
+        shown = command.add_mutually_exclusive_group()
+        for option, text in OUTPUT_OPTIONS.items():
+            shown.add_argument(
+                f"--{option}", dest="output", action="store_const", const=option, help=text
+            )
+        if name == "evaluate":
+            command.add_argument(
+                "--harness",
+                action="append",
+                metavar="TASKS",
+                help="also tasks of the lm-evaluation-harness: names, files or folders, with "
+                "commas; the same as evaluate.harness=[...]",
+            )
         if name in ("run", "distill"):
             command.add_argument(
                 "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
             )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pocl-dist",
+        description="Distil a language model with the POCL curriculum (arXiv 2506.05695).",
+    )
+    parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_config_commands(commands)
     _add_compare(commands)
     text = "memory, time and disk that a config needs on a cluster; loads no model"
     add_arguments(commands.add_parser("estimate", help=text, description=text))
@@ -187,6 +211,7 @@ def _run_config_command(command: str, words: Sequence[str], **options: object) -
     from pocl_dist.pipeline.stop_request import StopRequest, mark_start
 
     config = load_words(words)
+    output.use(config.log.output)
     run = RunDirectory(Path(config.run_dir))
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if is_rank and not is_ranks_work(command, config):
@@ -322,6 +347,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         words = list(arguments.config)
         if getattr(arguments, "max_restarts", None) is not None:
             words.append(f"run.max_restarts={arguments.max_restarts}")
+        if arguments.output is not None:
+            words.append(f"log.output={arguments.output}")
+            output.use(arguments.output)
+        if getattr(arguments, "harness", None):
+            tasks = [task for text in arguments.harness for task in text.split(",")]
+            words.append(f"evaluate.harness={json.dumps(tasks)}")
         _run_config_command(arguments.command, words)
     return 0
 
@@ -333,18 +364,24 @@ def main(words: Sequence[str] | None = None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["POCL_DIST_VISIBLE_DEVICES"]
     arguments = _parse(words)
     make_private()
-    try:
-        code = _dispatch(arguments)
-    except Exception as error:
-        code, reason = describe(error)
-        if code == 70:
-            traceback.print_exc()
-            reason += "\nThis is a bug in pocl_dist; please report it with the lines above."
-        # All ranks stop together, and whoever started them says so: once is enough.
-        if not (code == 75 and "RANK" in os.environ and "POCL_DIST_PARENT" in os.environ):
-            print(f"pocl-dist {arguments.command}: {reason}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    if "RANK" in os.environ:
-        # A rank that failed must not wait in the destructors of a process group for the others.
-        os._exit(code)
+    is_rank_of_ours = "RANK" in os.environ and "POCL_DIST_PARENT" in os.environ
+    has_last_word = os.environ.get("RANK", "0") == "0" and not is_rank_of_ours
+    with output.kept():
+        code, reason = 0, ""
+        try:
+            code = _dispatch(arguments)
+        except Exception as error:
+            code, reason = describe(error)
+            if code == 70:
+                traceback.print_exc()
+                reason += "\nThis is a bug in pocl_dist; please report it with the lines above."
+            # All ranks stop together, and whoever started them says so: once is enough.
+            if not (code == 75 and "RANK" in os.environ and "POCL_DIST_PARENT" in os.environ):
+                print(f"pocl-dist {arguments.command}: {reason}", file=sys.stderr, flush=True)
+        if has_last_word:
+            output.emit_outcome(arguments.command, code, reason)
+        output.flush()
+        if "RANK" in os.environ:
+            # A rank that failed must not wait in the destructors of a process group for the others.
+            os._exit(code)
     sys.exit(code)

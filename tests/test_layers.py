@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("failpoints", "processes"),
     ("errors", "files"),
     ("guards", "list_digest", "versions"),
-    ("config", "records"),
+    ("config", "records", "display"),
     (
         "data",
         "models",

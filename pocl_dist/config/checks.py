@@ -163,6 +163,14 @@ def _check_no_secret(url: str) -> Iterator[str]:
         )
 
 
+def _check_log(config: Config) -> Iterator[str]:
+    if "@" in (config.log.mlflow_uri or ""):  # the message must not repeat it
+        yield (
+            "log.mlflow_uri: no user or password may stand in it; set $MLFLOW_TRACKING_USERNAME "
+            "and $MLFLOW_TRACKING_PASSWORD, or $MLFLOW_TRACKING_TOKEN"
+        )
+
+
 def _check_passes(config: Config) -> Iterator[str]:
     measure = config.measure
     secrets = list(_check_no_secret(measure.server_url or ""))
@@ -219,6 +227,7 @@ _CHECKS = (
     _check_passes,
     _check_schedules,
     _check_loss,
+    _check_log,
 )
 
 

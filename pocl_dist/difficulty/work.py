@@ -35,6 +35,13 @@ class WorkBatch:
         """Returns the batch with these rows asked for."""
         return replace(self, part=tuple(rows))
 
+    def num_tokens(self, method: str) -> int:
+        """Returns the input tokens of the asked rows: prompts, with `measure` the responses too."""
+        rows = [self.examples[row] for row in self.rows]
+        if method == "measure":
+            return sum(len(row.token_ids) for row in rows)
+        return sum(row.num_prompt_tokens for row in rows)
+
     @property
     def asked_ids(self) -> list[str]:
         """Returns the ids of the rows that are asked for."""
@@ -61,6 +68,10 @@ class WorkShard:
     def asked_ids(self) -> list[str]:
         """Returns the ids of the rows that are asked for."""
         return [name for batch in self.batches for name in batch.asked_ids]
+
+    def num_tokens(self, method: str) -> int:
+        """Returns the input tokens of the rows that are asked for."""
+        return sum(batch.num_tokens(method) for batch in self.batches)
 
     def halves(self) -> list[WorkShard]:
         """Returns the shard in two parts, none when one row is asked for."""

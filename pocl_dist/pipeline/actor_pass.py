@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 from pocl_dist.config import Config, EvaluateConfig
 from pocl_dist.config.pass_sections import GenerateConfig
@@ -20,7 +20,7 @@ from pocl_dist.difficulty.work import WorkShard, sizes_of
 from pocl_dist.difficulty.worker import ModelWorker, ShardResult, WorkerSettings
 from pocl_dist.distributed.ray_pool import ActorPool
 from pocl_dist.distributed.ray_session import ray_session
-from pocl_dist.distributed.shard_queue import ShardT
+from pocl_dist.distributed.shard_queue import Shard
 from pocl_dist.errors import PoclError, StoppedError, WorkerError
 from pocl_dist.failpoints import failpoint
 from pocl_dist.models.generation import Sampling
@@ -70,7 +70,16 @@ def worker_settings(
     )
 
 
+class CountedShard(Shard, Protocol):
+    """A shard of which the speed can be told."""
+
+    def num_tokens(self, method: str) -> int:
+        """Returns the input tokens that `method` of the worker takes."""
+        ...
+
+
 T = TypeVar("T")
+CountedT = TypeVar("CountedT", bound=CountedShard)
 # Whoever ends a job signals all its processes: Ray's daemons may be gone before we are told.
 LAST_SIGNAL_SECONDS = 1.0
 
@@ -147,9 +156,9 @@ def work_off(
     worker: type,
     settings: object,
     method: str,
-    shards: Mapping[str, ShardT],
+    shards: Mapping[str, CountedT],
     progress: RowProgress,
-    give_up: Callable[[str, ShardT, str], None],
+    give_up: Callable[[str, CountedT, str], None],
     gpus_per_actor: int = 1,
 ) -> Generator[tuple[str, list[object]], None, None]:
     """Yields (shard name, results of the worker's `method`) as shards finish, as `ActorPool.map`.
@@ -166,13 +175,13 @@ def work_off(
                 "stopped on request; what is finished is saved, the same command goes on"
             )
 
-    sizes = sizes_of(shards)
     with (
         progress,
-        ActorPool[ShardT](
+        ActorPool[CountedT](
             worker, settings, config.ray, len(shards), progress.note, gpus_per_actor
         ) as pool,
     ):
         for name, results in pool.map(method, shards, raise_if_asked, give_up):
             yield name, results
-            progress.advance(sizes[name])
+            shard = shards[name]  # made again: that is little beside its answers
+            progress.advance(shard.num_rows, shard.num_tokens(method))

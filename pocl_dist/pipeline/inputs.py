@@ -13,6 +13,7 @@ from pocl_dist.config import Config, ModelConfig, StudentConfig, select_keys
 from pocl_dist.data.row_index import index_rows, open_index
 from pocl_dist.data.sets import check_enough
 from pocl_dist.data.sources import RowPolicy, Rows, read_rows
+from pocl_dist.display.output import say
 from pocl_dist.errors import RefusedError
 from pocl_dist.files import (
     JSONValue,
@@ -238,9 +239,8 @@ def encode_all(
     num_prompts = sum(item.is_prompt_cut for item in encoded.values())
     num_responses = sum(item.is_response_cut for item in encoded.values())
     if rank.is_main and num_prompts + num_responses:
-        print(
+        say(
             f"{what}: {num_prompts} prompts and {num_responses} responses cut, "
-            f"of {len(encoded)} rows",
-            flush=True,
+            f"of {len(encoded)} rows"
         )
     return encoded

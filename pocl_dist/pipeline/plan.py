@@ -16,6 +16,7 @@ from pocl_dist.data.columns import TextColumn, number_array, take, write_columns
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import Fused, fuse
 from pocl_dist.difficulty.signals import SIGNALS
+from pocl_dist.display.output import show
 from pocl_dist.errors import ConfigError, MismatchError, MissingInputError
 from pocl_dist.files import JSONValue, read_json
 from pocl_dist.pipeline import plan_files
@@ -160,7 +161,6 @@ def _write_ranking(path: Path, ranked: _Ranked) -> None:
 
 
 def _show(plan: Plan, global_batch_size: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{len(plan.ranking)} rows in {len(plan.stages)} stages")
@@ -177,7 +177,7 @@ def _show(plan: Plan, global_batch_size: int) -> None:
             str(stage.num_steps),
             f"{visits:.0f}",
         )
-    Console().print(table)
+    show(table)
     visits_per_row = sum(stage.num_examples * stage.epochs for stage in plan.stages) / len(
         plan.ranking
     )

@@ -34,7 +34,7 @@ FILES = (
     "checkpoints/*",
     "nonfinite/*",
     "metrics.jsonl",
-    "tensorboard/*",
+    "trackers/*",
     "export/*",
     "eval/*",
     "report.json",

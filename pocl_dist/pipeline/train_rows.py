@@ -16,6 +16,7 @@ import numpy as np
 
 from pocl_dist.data.columns import is_in, text_array
 from pocl_dist.data.sources import Rows
+from pocl_dist.display.output import say
 from pocl_dist.distributed.collectives import gather_ints, gather_texts
 from pocl_dist.errors import PoclError, error_of
 from pocl_dist.records import EncodedExample
@@ -107,8 +108,7 @@ def check_rows(examples: EncodedRows, rank: Rank) -> None:
     counts = gather_ints([num_prompts, num_responses], rank)
     num_prompts, num_responses = (sum(column) for column in zip(*counts, strict=True))
     if rank.is_main and num_prompts + num_responses:
-        print(
+        say(
             f"train: {num_prompts} prompts and {num_responses} responses cut, "
-            f"of {examples.num_rows} rows",
-            flush=True,
+            f"of {examples.num_rows} rows"
         )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Coordinator, Progress
+from pocl_dist.display.output import say
+from pocl_dist.display.training import TrainingDisplay
 from pocl_dist.distributed.checkpoint import (
     Checkpoint,
     agree_on_digest,
@@ -43,10 +45,10 @@ from pocl_dist.pipeline.student import StudentWithLoss
 from pocl_dist.pipeline.student_engine import student_engine
 from pocl_dist.pipeline.train_rows import EncodedRows, check_rows
 from pocl_dist.records import EncodedExample, Example, Plan
-from pocl_dist.run_log import MetricsLog, TrainingDisplay, numbers_of
+from pocl_dist.run_log import MetricsLog
 from pocl_dist.teacher.base import Teacher
 from pocl_dist.teacher.online import OnlineTeacher
-from pocl_dist.trackers import open_trackers
+from pocl_dist.trackers.sender import Trackers
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -76,6 +78,7 @@ class Training:
     policy: OnPolicy | None  # None: the references are trained on
     writer: CheckpointWriter
     log: MetricsLog | None  # rank 0 writes, the others do not
+    trackers: Trackers | None
     display: TrainingDisplay
     saved_at_seconds: float = field(default_factory=time.monotonic)
     save_under_way: SaveUnderWay | None = None
@@ -97,8 +100,8 @@ class Training:
         if self.log is None:
             return
         self.log.write(row)
-        for tracker in self.trackers:
-            tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers_of(row))
+        if self.trackers is not None:
+            self.trackers.send(row)
 
     def tell_status(self) -> None:
         """Writes to `status.json` how far training is, on rank 0."""
@@ -116,18 +119,13 @@ class Training:
         )
         self.run.write_status("running", None, "distill", training=status)
 
-    def __post_init__(self) -> None:
-        folder, step = self.run.root, self.coordinator.progress.step
-        self.trackers = (
-            open_trackers(self.config.log.tensorboard, folder, step) if self.rank.is_main else []
-        )
-
     def close(self) -> None:
-        """Closes the log and the trackers."""
+        """Closes the log and the trackers. Collective: who left first would have all ended."""
         if self.log is not None:
             self.log.close()
-        for tracker in self.trackers:
-            tracker.close()
+        if self.trackers is not None:
+            self.trackers.close()
+        barrier(self.rank)
 
 
 def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
@@ -170,9 +168,10 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_encoded = encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
     resume_step = -1 if checkpoint is None else checkpoint.step
-    display = TrainingDisplay(sum(stage.num_steps for stage in plan.stages), config.log.every)
+    display = TrainingDisplay([stage.num_steps for stage in plan.stages], config.log.every)
     if rank.is_main:
         _say_start(config, rank, checkpoint)
+    log = _log(run, resume_step, coordinator.progress) if rank.is_main else None
     return Training(
         config=config,
         run=run,
@@ -191,7 +190,8 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         coordinator=coordinator,
         policy=policy,
         writer=writer,
-        log=_log(run, resume_step, coordinator.progress) if rank.is_main else None,
+        log=log,
+        trackers=Trackers(config, run.root, resume_step, log.written_before) if log else None,
         display=display,
     )
 
@@ -212,15 +212,14 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
 def _say_start(config: Config, rank: Rank, checkpoint: Checkpoint | None) -> None:
     engine = config.engine
     if checkpoint is not None:
-        print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
+        say(f"resumed from {checkpoint.folder} (step {checkpoint.step})")
     num_batches = num_micro_batches(
         engine.global_batch_size, rank.world_size, engine.micro_batch_size
     )
-    print(
+    say(
         f"distill: {rank.world_size} rank(s) on {rank.device.type}, ZeRO stage "
         f"{engine.zero_stage}, {torch_dtype(engine.dtype, rank.device)}, from {num_batches} "
-        f"micro-batch(es) of at most {engine.micro_batch_size} rows per rank and step",
-        flush=True,
+        f"micro-batch(es) of at most {engine.micro_batch_size} rows per rank and step"
     )
 
 
@@ -239,10 +238,9 @@ def _policy(
         tensors = dict(checkpoint.tensors(REPLAY))
         policy.restore(state, tensors, examples.of_ids(stored_ids(tensors)))
     if rank.is_main:
-        print(
+        say(
             f"policy {config.policy.mode}: steps on the student's own answers use the divergence "
-            "alone (KD ratio 1, whatever curriculum.kd_ratio says)",
-            flush=True,
+            "alone (KD ratio 1, whatever curriculum.kd_ratio says)"
         )
     return policy
 

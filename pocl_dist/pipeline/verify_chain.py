@@ -119,6 +119,7 @@ _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
     ("init_student", verify_result.init_student),
     ("export", verify_result.export),
     ("eval", verify_result.eval),
+    ("eval/harness", verify_result.harness),
     ("report.json", verify_result.report),
 )
 

@@ -9,6 +9,7 @@ from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.files import JSONValue
 from pocl_dist.models.sources import MARKER, ModelFolder, model_digest
 from pocl_dist.pipeline import evaluate
+from pocl_dist.pipeline.harness import config_inputs
 from pocl_dist.pipeline.inputs import result_inputs
 from pocl_dist.pipeline.plan_files import plan_digest, read_plan
 from pocl_dist.pipeline.report_numbers import results
@@ -119,6 +120,14 @@ def eval(chain: Chain) -> Iterator[str]:
             yield f"{name}: is of another model than export/"
 
 
+def harness(chain: Chain) -> Iterator[str]:
+    """Figures of the harness: of this export, and of this config."""
+    for name in chain.names("eval/harness/task-", ".json"):
+        expected = config_inputs(chain.config)
+        expected["model"] = model_digest(ModelFolder(chain.run.export, "export"))
+        yield from differing(name, chain.record(name), expected, "config.yaml, or of the model, ")
+
+
 def report(chain: Chain) -> Iterator[str]:
     """The figures of report.json are those of the files that it sums up."""
     record = chain.record("report.json")
@@ -127,6 +136,8 @@ def report(chain: Chain) -> Iterator[str]:
     expected = results(chain.run)
     evals, theirs = (cast("Record", value["eval"]) for value in (record, expected))
     stale = [name for name in evals if evals[name] != theirs.get(name)]
+    if record.get("harness", {}) != expected.get("harness", {}):
+        yield "report.json: is not about eval/harness/ as it is; run `pocl-dist report`"
     if any(record[key] != expected[key] for key in ("stages", "quarters") if key in record):
         yield "report.json: is not about metrics.jsonl as it is; run `pocl-dist report`"
     for name in stale:
