@@ -276,6 +276,26 @@ def test_a_diverged_learning_rate_is_no_candidate_and_does_not_spoil_the_arm(
     assert "sft, learning rate 0.1: failed: step 7: the loss is not finite" in value["marks"]  # type: ignore
 
 
+def test_a_learning_rate_that_was_lost_is_left_out_and_the_scheduler_is_told(
+    tmp_path: Path,
+) -> None:
+    base = base_config(tmp_path)
+    make_shared_files(base)
+    request = CompareRequest(("forward_kl",), (1,), (1e-3, 1e-1))
+    comparison = comparison_of(base, request)
+    for arm in comparison.arms:
+        answer_run(comparison, comparison.compared(arm, 1e-3, 1), SCORES, dev=(10.0,))
+        train_run(comparison, comparison.compared(arm, 1e-1, 1), dev=(5.0,))
+    victim = comparison.compared(comparison.arms[0], 1e-1, 1)
+    _lost(comparison, victim)
+    comparison.forget(victim)
+    assert comparison.chosen_rate(comparison.arms[0]) == 1e-3
+    value = tabulate(comparison, request.to_json())
+    assert value["is_complete"] is False
+    with pytest.raises(WorkerError, match=r"sft, learning rate 0\.1: failed: rank 1 was lost"):
+        compare_step.raise_missing(comparison, value)
+
+
 def _diverge_first(comparison: Comparison, compared: ComparedRun) -> None:
     plan_run(comparison, compared).write_status(
         "failed", 76, "distill", "step 7: the loss is not finite"

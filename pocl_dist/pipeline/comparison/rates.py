@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocl_dist.config import Config
-from pocl_dist.errors import ConfigError
+from pocl_dist.errors import ConfigError, DivergedError
 from pocl_dist.files import JSONValue, read_json_lines
 from pocl_dist.pipeline.comparison.folders import ComparedRun
 from pocl_dist.pipeline.comparison.state import RunLook
@@ -67,6 +67,13 @@ def choose(candidates: Sequence[Candidate], higher_is_better: bool) -> float | N
     if not trained:
         return None
     return max(trained, key=lambda c: (sign * (c.dev or 0.0), -c.learning_rate)).learning_rate
+
+
+def is_settled(candidates: Sequence[Candidate]) -> bool:
+    """Returns whether nothing can change the choice any more: all were trained, or diverged."""
+    is_choice = len(candidates) > 1
+    ends = (c.dev is not None or c.look.exit_code == DivergedError.exit_code for c in candidates)
+    return not is_choice or all(ends)
 
 
 def to_json(candidates: Sequence[Candidate], seed: int, chosen: float | None) -> JSONValue:

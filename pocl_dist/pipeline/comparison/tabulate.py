@@ -150,7 +150,7 @@ def _arm_row(
         "runs": runs,
         "results": _figures(of_arm, sets),
         "num_seeds": len(of_arm),
-        "is_complete": len(of_arm) == len(comparison.seeds),
+        "is_complete": len(of_arm) == len(comparison.seeds) and rates.is_settled(candidates),
         "marks": marks,
     }
     return cast("dict[str, JSONValue]", row)
