@@ -121,7 +121,8 @@ def _arm_row(
     rate, candidates = comparison.chosen_rate(arm), comparison.candidates(arm)
     runs = [
         _run_row(comparison, comparison.compared(arm, rate, seed), of_arm.get(seed))
-        for seed in (comparison.seeds if rate is not None else ())
+        for seed in comparison.seeds
+        if rate is not None
     ]
     marks = [
         f"{arm.name}, seed {row['seed']}: {row['state']}: {row['reason']}"
