@@ -22,6 +22,7 @@ NASTY = '</script><script>alert("x")</script><img src=x onerror=alert(1)> & \u20
 
 def write_run(folder: Path, num_rows: int = 24, **sections: dict) -> tuple[Config, RunDirectory]:
     """Writes a run that is measured and planned: 4 stages over `num_rows` rows."""
+    folder.mkdir(exist_ok=True)
     rows = write_rows(folder / "train.jsonl", num_rows)
     defaults: dict[str, dict] = {
         "curriculum": {"num_stages": 4, "epochs_per_stage": 4, "ordering": "curriculum"},

@@ -26,9 +26,15 @@ def rank(gloo_rank: object) -> object:
     return gloo_rank
 
 
-def make(tmp_path: Path, rank: object, has_dev: bool = False, **sections: object) -> Coordinator:
+def make(
+    tmp_path: Path,
+    rank: object,
+    has_dev: bool = False,
+    has_quarters: bool = False,
+    **sections: object,
+) -> Coordinator:
     config = load_config([write_config(tmp_path, Path("t"), Path("s"), Path("r"), **sections)])
-    return Coordinator(STAGES, config, rank, has_dev=has_dev)  # type: ignore[arg-type]
+    return Coordinator(STAGES, config, rank, has_dev, has_quarters)  # type: ignore[arg-type]
 
 
 def walk(
@@ -52,6 +58,8 @@ def walk(
             coordinator.record_save()
         elif instruction.action == Action.EVALUATE:
             coordinator.record_dev(values.pop(0))
+        elif instruction.action == Action.QUARTERS:
+            coordinator.record_quarters()
         else:
             return seen
 
@@ -92,6 +100,29 @@ def test_a_run_stopped_anywhere_and_resumed_trains_the_same_steps(
     second = make(tmp_path, rank)
     second.progress = Progress(**asdict(first.progress))
     assert trained(before) + trained(walk(second)) == whole
+
+
+def test_quarters_are_scored_at_the_start_and_at_stage_ends_after_dev_and_before_the_save(
+    tmp_path: Path, rank: object
+) -> None:
+    dev = {"every": 1, "quarter_rows": 1}
+    rows = walk(make(tmp_path, rank, True, True, dev=dev), dev_values=[1.0] * 6)
+    others = [(name, step) for name, step, *_ in rows if name not in ("TRAIN", "FINISH")]
+    assert [step for name, step in others if name == "QUARTERS"] == [0, 2, 5]
+    at_end = [name for name, step in others if step == 2]
+    assert at_end == ["EVALUATE", "QUARTERS", "SAVE"]
+
+
+@pytest.mark.parametrize("stop_at", range(6))
+def test_a_stop_scores_quarters_later_and_none_twice(
+    tmp_path: Path, rank: object, stop_at: int
+) -> None:
+    first = make(tmp_path, rank, has_quarters=True)
+    before = walk(first, stop_at=stop_at)
+    second = make(tmp_path, rank, has_quarters=True)
+    second.progress = Progress(**asdict(first.progress))
+    rows = before + (walk(second) if before[-1][0] == "STOP" else [])
+    assert [step for name, step, *_ in rows if name == "QUARTERS"] == [0, 2, 5]
 
 
 def test_the_dev_metric_is_taken_at_the_start_every_few_steps_and_at_stage_ends(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -166,7 +167,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     engine = student_engine(config, rank, student, tokenizer, checkpoint)
     if teacher_folder is not None and config.teacher.source == "online":
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
-    dev_encoded = encode_all(dev.examples, tokenizer, config, "dev", rank) if dev else {}
+    dev_rows = [] if dev is None else _with_tokens(dev.examples, tokenizer, config, rank)
     resume_step = -1 if checkpoint is None else checkpoint.step
     display = TrainingDisplay([stage.num_steps for stage in plan.stages], config.log.every)
     if rank.is_main:
@@ -179,9 +180,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         plan=plan,
         inputs=inputs,
         examples=examples,
-        dev_rows=[(example, dev_encoded[example.example_id]) for example in dev.examples]
-        if dev
-        else [],
+        dev_rows=dev_rows,
         quarters=quarters,
         student=student,
         tokenizer=tokenizer,
@@ -194,6 +193,14 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         trackers=Trackers(config, run.root, resume_step, log.written_before) if log else None,
         display=display,
     )
+
+
+def _with_tokens(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: Config, rank: Rank
+) -> list[tuple[Example, EncodedExample]]:
+    """Returns the dev rows, each with its tokens."""
+    encoded = encode_all(examples, tokenizer, config, "dev", rank)
+    return [(example, encoded[example.example_id]) for example in examples]
 
 
 def _log(run: RunDirectory, resume_step: int, progress: Progress) -> MetricsLog:
