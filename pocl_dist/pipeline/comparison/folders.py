@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocl_dist.config import Config, replaced
+from pocl_dist.files import JSONValue
 from pocl_dist.pipeline.comparison.arms import Arm
 from pocl_dist.pipeline.run_directory import RunDirectory
 
@@ -59,7 +60,7 @@ def run_of(base: Config, arm: Arm, learning_rate: float, seed: int) -> ComparedR
     Teacher and untrained student answer the test sets once: `with_baselines` says in which run.
     """
     key = RunKey(arm.name, learning_rate, seed)
-    own = {
+    own: dict[str, JSONValue] = {
         "run_dir": str(Path(base.run_dir) / key.name),
         "seed": seed,
         "optimizer.learning_rate": learning_rate,

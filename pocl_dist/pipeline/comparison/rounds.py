@@ -95,7 +95,7 @@ def work(
     num_jobs: int,
     is_training: bool,
     stop: StopRequest,
-    on_round: Callable[[], None],
+    on_round: Callable[[], object],
 ) -> None:
     """Trains and answers what is missing; `on_round` is called when all arms have one more seed."""
     first, *others = comparison.seeds
