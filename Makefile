@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env gpu-check lock image-test browser-check docs-check
+.PHONY: help install quickstart test check lint types audit sbom chaos clean cluster-test bench bench-env docs docs-check gpu-check lock image-test bench-scale browser-check
 
 help:
 	@echo "make quickstart   install into .venv, distil the bundled pair twice, print the comparison"
@@ -17,10 +17,13 @@ help:
 	@echo "make chaos        kill, freeze, fill up and damage real runs, into docs/reliability.md (most of an hour)"
 	@echo "make cluster-test   launchers and schedulers over several hosts on this machine; root, Debian (20 minutes)"
 	@echo "make bench-env    install the tools we are compared with into .venv-bench"
+	@echo "make bench-scale  ten million rows: time and memory to plan them and to feed a rank (20 minutes)"
 	@echo "make bench        time and memory against them, into benchmarks/RESULTS.md (under an hour)"
 	@echo "make gpu-check    parity, speed and memory on a CUDA device, with the torch of PYTHON"
 	@echo "make lock         write docker/requirements.*.txt again, from setup.py and constraints.txt"
 	@echo "make image-test   build the CPU image twice and distil inside of it, without a container engine (root, Debian)"
+	@echo "make docs         the documentation as a site in build/docs, warnings are errors"
+	@echo "make docs-check   run the commands of the documentation that need no GPU (ten minutes)"
 	@echo "make browser-check  open the HTML pages in a headless Chromium (Debian: apt-get install chromium)"
 	@echo "make clean        remove .venv, build output and runs/quickstart"
 
@@ -107,6 +110,10 @@ $(BENCH_STAMP): setup.py constraints.txt benchmarks/requirements.txt
 bench: $(BENCH_STAMP)
 	$(BENCH)/bin/python benchmarks/run_all.py $(NAMES)
 
+# Ten thousand to ten million rows: about 20 minutes, 10 GB of disk (TMPDIR) and 2 GiB of memory.
+bench-scale: $(BENCH_STAMP)
+	$(BENCH)/bin/python benchmarks/run_all.py scale
+
 # Data are generated and missing packages named: any python with PyTorch will do, e.g. of a cluster image.
 gpu-check:
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_check.py
@@ -128,6 +135,23 @@ lock: $(UV)/.installed
 image-test: $(STAMP)
 	PYTHON=$(CURDIR)/$(BIN)/python docker/image_test.sh $(OVERRIDES)
 
+# The generator alone, and what `pocl_dist.config` needs: no torch. The site opens from file://, without a network.
+DOCS := .venv-docs
+DOCS_PACKAGES := sphinx myst-parser furo ziamath pydantic pyyaml
+
+$(DOCS)/.installed: Makefile constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS_PACKAGES)
+	@touch $@
+
+docs: $(DOCS)/.installed
+	PYTHONPATH=$(CURDIR) $(DOCS)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
+# NAMES="quickstart data" runs the commands of some pages.
+docs-check: $(STAMP) browser-check
+	$(BIN)/python -m tests.docs_run $(NAMES)
+
 # playwright drives the Chromium that is installed; it downloads none. Screenshots: dist/screenshots.
 $(VENV)/.browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[browser]"
@@ -136,7 +160,6 @@ $(VENV)/.browser: $(STAMP)
 browser-check: $(VENV)/.browser
 	$(BIN)/python -m pytest -rs -p no:cacheprovider tests/browser/check_pages.py
 
-docs-check: browser-check
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(SBOM) $(UV) build dist *.egg-info runs/quickstart
+	rm -rf $(VENV) $(BENCH) $(SBOM) $(UV) $(DOCS) build dist *.egg-info runs/quickstart

@@ -50,9 +50,17 @@ setup(
         "peft>=0.18",  # docs/decisions/dependencies.md
     ],
     extras_require={
-        "track": ["tensorboard>=2.18"],
+        "track": [
+            "tensorboard>=2.18",
+            "wandb>=0.20",
+            "mlflow-skinny>=3.10",
+            "trackio>=0.40",
+        ],
+        "harness": ["lm_eval>=0.4.13"],
         # `ray job submit` and KubeRay: the job server that the passes alone do not need
         "cluster": ["ray[default]>=2.59"],
+        # the documentation's generator and theme: docs/decisions/documentation.md
+        "docs": ["sphinx>=8.2", "myst-parser>=5", "furo>=2025.12.19", "ziamath>=0.13"],
         # `make browser-check`: the report in the Chromium of the system
         "browser": ["playwright>=1.50"],
         "dev": [

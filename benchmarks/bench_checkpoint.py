@@ -48,7 +48,7 @@ def measure(folder: Path, ranks: int, is_asynchronous: bool) -> dict[str, object
         "curriculum.visits_per_example=1", "curriculum.ordering=shuffled", "data.dev=null",
         f"engine.world_size={ranks}", "engine.global_batch_size=8", "engine.micro_batch_size=4",
         "checkpoint.every=3", "checkpoint.keep_last=1",
-        f"checkpoint.asynchronous={json.dumps(is_asynchronous)}", "log.tensorboard=false",
+        f"checkpoint.asynchronous={json.dumps(is_asynchronous)}", "log.trackers=[]",
     ]  # fmt: skip
     for step in ("plan", "distill"):
         command = [sys.executable, "-m", "pocl_dist", step, str(ROOT / "configs/tiny_cpu.yaml")]

@@ -157,7 +157,7 @@ def main() -> None:
             f"data.train={rows}",
             "curriculum.ordering=shuffled",
             f"curriculum.visits_per_example={options.visits}",
-            "log.tensorboard=false",
+            "log.trackers=[]",
             *options.words,
         ]
         made = folder / "student"

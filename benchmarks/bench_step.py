@@ -76,7 +76,7 @@ def write_config(folder: Path, rows: Path, steps: int, overrides: list[str]) -> 
         "loss": {"name": "jensen_shannon", "kwargs": {"student_weight": 0.5}},
         "optimizer": {"learning_rate": LEARNING_RATE, "min_learning_rate": LEARNING_RATE},
         "engine": {"micro_batch_size": 4, "global_batch_size": BATCH},
-        "log": {"tensorboard": False},
+        "log": {"trackers": []},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(value))
     config = load_config([folder / "config.yaml"], overrides)

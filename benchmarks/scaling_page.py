@@ -67,7 +67,7 @@ def plan_text() -> str:
     command = [sys.executable, "-m", "pocl_dist", *PLAN]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     shown = " ".join(PLAN).replace(" --", " \\\n    --")
-    return f"```\n$ pocl-dist {shown}\n{done.stdout.rstrip()}\n```"
+    return f"```console\n$ pocl-dist {shown}\n{done.stdout.rstrip()}\n```"
 
 
 def write_page(kept: dict[str, list[dict]]) -> None:

@@ -93,7 +93,7 @@ def config_words(folder: Path, size: str, world_size: int, stage: int, steps: in
         "engine.zero_options.stage3_param_persistence_threshold=0",
         "engine.dtype=fp32",
         "loss.compile=never",
-        "log.tensorboard=false",
+        "log.trackers=[]",
     ]
 
 

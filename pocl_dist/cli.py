@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from pocl_dist import __version__
 from pocl_dist.cluster.estimate.arguments import add_arguments, options_of
 from pocl_dist.cluster.targets import TARGETS
+from pocl_dist.display import output
 from pocl_dist.errors import (
     EXIT_CODES,
     MismatchError,
@@ -45,6 +47,11 @@ CONFIG_COMMANDS = {
     "report": "sum the run up in report.json and report.html",
 }
 
+OUTPUT_OPTIONS: dict[output.Mode, str] = {
+    "quiet": "print warnings and errors only; the same as log.output=quiet",
+    "json": "print one JSON object per line, the last one states the outcome; log.output=json",
+}
+
 # Where the function of each command lies; imported when it is called.
 STEP_FUNCTIONS = {
     "run": ("run", "run_all"),
@@ -58,7 +65,37 @@ STEP_FUNCTIONS = {
     "distill-rank": ("distill", "distill_rank"),
     "evaluate": ("evaluate", "evaluate"),
     "report": ("report", "report"),
+    "compare": ("compare", "compare"),
 }
+
+
+def _add_config_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `run` and the steps: a config, and how they show what they do."""
+    for name, text in CONFIG_COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "config",
+            nargs="+",
+            metavar="CONFIG.yaml | section.key=value",
+            help="files are layered left to right",
+        )
+        shown = command.add_mutually_exclusive_group()
+        for option, text in OUTPUT_OPTIONS.items():
+            shown.add_argument(
+                f"--{option}", dest="output", action="store_const", const=option, help=text
+            )
+        if name == "evaluate":
+            command.add_argument(
+                "--harness",
+                action="append",
+                metavar="TASKS",
+                help="also tasks of the lm-evaluation-harness: names, files or folders, with "
+                "commas; the same as evaluate.harness=[...]",
+            )
+        if name in ("run", "distill"):
+            command.add_argument(
+                "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,18 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in CONFIG_COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument(
-            "config",
-            nargs="+",
-            metavar="CONFIG.yaml | section.key=value",
-            help="files are layered left to right",
-        )
-        if name in ("run", "distill"):
-            command.add_argument(
-                "--max-restarts", type=int, metavar="N", help="the same as run.max_restarts=N"
-            )
+    _add_config_commands(commands)
+    _add_compare(commands)
     text = "memory, time and disk that a config needs on a cluster; loads no model"
     add_arguments(commands.add_parser("estimate", help=text, description=text))
     verify = commands.add_parser(
@@ -113,6 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--wait", type=float, default=60.0, metavar="SECONDS", help="for the other nodes of a job"
     )
+    _add_score(commands)
+    return parser
+
+
+def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     score = commands.add_parser("score", help="ROUGE-L and exact match of given answers")
     score.add_argument(
         "--predictions", type=Path, required=True, help='JSONL of {"text"} or {"id","text"}'
@@ -120,7 +152,30 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--references", type=Path, required=True, help="rows with the reference answers"
     )
-    return parser
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "plain KD against KD + POCL, per method, at equal sample visits: one table (resumable)"
+    command = commands.add_parser("compare", help=text, description=text)
+    command.add_argument("config", nargs="+", metavar="CONFIG.yaml | section.key=value")
+    command.add_argument(
+        "--methods", required=True, metavar="A,B", help="divergences (loss.name), and gkd"
+    )
+    command.add_argument("--seeds", required=True, metavar="1,2,3", help="the first chooses rates")
+    command.add_argument(
+        "--lr-grid", metavar="1e-4,3e-4", help="each arm takes the best on dev (default: one rate)"
+    )
+    command.add_argument(
+        "--ablate",
+        metavar="A,B",
+        help="controls: restarts, order, temperature, ratio, stages, optimizer",
+    )
+    command.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="trainings at once on this machine"
+    )
+    command.add_argument(
+        "--no-training", action="store_true", help="only evaluate and tabulate what is trained"
+    )
 
 
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -144,7 +199,7 @@ def _step_of(command: str, is_rank: bool) -> Callable[[Config, RunDirectory], ob
     return step
 
 
-def _run_config_command(command: str, words: Sequence[str]) -> None:
+def _run_config_command(command: str, words: Sequence[str], **options: object) -> None:
     from pocl_dist.config import load_words
     from pocl_dist.config.steps import is_ranks_work
     from pocl_dist.distributed.scratch import use_scratch
@@ -156,6 +211,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     from pocl_dist.pipeline.stop_request import StopRequest, mark_start
 
     config = load_words(words)
+    output.use(config.log.output)
     run = RunDirectory(Path(config.run_dir))
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if is_rank and not is_ranks_work(command, config):
@@ -168,7 +224,7 @@ def _run_config_command(command: str, words: Sequence[str]) -> None:
     check_versions()
     use_scratch(config.run.scratch_dir, run.root)
     mark_start()
-    step = _step_of(command, is_rank)
+    step = partial(_step_of(command, is_rank), **options)
     # Ranks that `run` or `distill` started work under the lock, config and manifest of that
     # process; those of another launcher (torchrun, Slurm) have rank 0 for it.
     is_child = is_rank and os.environ.get("POCL_DIST_PARENT") == str(run.root.resolve())
@@ -276,6 +332,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         shape = _shape_words(arguments)
         options = Options(bool(shape), arguments.gpu, arguments.wait)
         return doctor([*arguments.config, *shape], options, PROBES, arguments.json)
+    elif arguments.command == "compare":
+        from pocl_dist.pipeline.comparison.request import parse_request
+
+        lists = (arguments.methods, arguments.seeds, arguments.lr_grid, arguments.ablate)
+        request = parse_request(*lists, arguments.jobs, not arguments.no_training)
+        _run_config_command("compare", arguments.config, request=request)
     elif arguments.command == "score":
         from pocl_dist.pipeline.score import score_files
 
@@ -285,6 +347,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         words = list(arguments.config)
         if getattr(arguments, "max_restarts", None) is not None:
             words.append(f"run.max_restarts={arguments.max_restarts}")
+        if arguments.output is not None:
+            words.append(f"log.output={arguments.output}")
+            output.use(arguments.output)
+        if getattr(arguments, "harness", None):
+            tasks = [task for text in arguments.harness for task in text.split(",")]
+            words.append(f"evaluate.harness={json.dumps(tasks)}")
         _run_config_command(arguments.command, words)
     return 0
 
@@ -296,18 +364,24 @@ def main(words: Sequence[str] | None = None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["POCL_DIST_VISIBLE_DEVICES"]
     arguments = _parse(words)
     make_private()
-    try:
-        code = _dispatch(arguments)
-    except Exception as error:
-        code, reason = describe(error)
-        if code == 70:
-            traceback.print_exc()
-            reason += "\nThis is a bug in pocl_dist; please report it with the lines above."
-        # All ranks stop together, and whoever started them says so: once is enough.
-        if not (code == 75 and "RANK" in os.environ and "POCL_DIST_PARENT" in os.environ):
-            print(f"pocl-dist {arguments.command}: {reason}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    if "RANK" in os.environ:
-        # A rank that failed must not wait in the destructors of a process group for the others.
-        os._exit(code)
+    is_rank_of_ours = "RANK" in os.environ and "POCL_DIST_PARENT" in os.environ
+    has_last_word = os.environ.get("RANK", "0") == "0" and not is_rank_of_ours
+    with output.kept():
+        code, reason = 0, ""
+        try:
+            code = _dispatch(arguments)
+        except Exception as error:
+            code, reason = describe(error)
+            if code == 70:
+                traceback.print_exc()
+                reason += "\nThis is a bug in pocl_dist; please report it with the lines above."
+            # All ranks stop together, and whoever started them says so: once is enough.
+            if not (code == 75 and "RANK" in os.environ and "POCL_DIST_PARENT" in os.environ):
+                print(f"pocl-dist {arguments.command}: {reason}", file=sys.stderr, flush=True)
+        if has_last_word:
+            output.emit_outcome(arguments.command, code, reason)
+        output.flush()
+        if "RANK" in os.environ:
+            # A rank that failed must not wait in the destructors of a process group for the others.
+            os._exit(code)
     sys.exit(code)

@@ -62,10 +62,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def canonical_json(value: JSONValue) -> str:
+    """Returns the one text that stands for equal values."""
+    return _CANONICAL.encode(value)
+
+
 def digest_of(value: JSONValue) -> str:
     """Returns a sha256 over the canonical JSON of `value`: equal values, equal digests."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return sha256_bytes(text.encode())
+    return sha256_bytes(canonical_json(value).encode())
 
 
 def free_bytes(path: Path) -> int:

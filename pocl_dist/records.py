@@ -122,18 +122,6 @@ class DifficultyRecord(JSONRecord):
 
 
 @dataclass(frozen=True)
-class RankedExample(JSONRecord):
-    """One example after reciprocal rank fusion; ranks start at 1, ties share the mean rank."""
-
-    example_id: str
-    rouge_l: float
-    cross_entropy: float
-    rank_rouge_l: float
-    rank_cross_entropy: float
-    fused_score: float  # larger = easier
-
-
-@dataclass(frozen=True)
 class Stage(JSONRecord):
     """One stage of the curriculum: the first `num_examples` of the ranking, at one temperature."""
 
@@ -149,7 +137,7 @@ class Stage(JSONRecord):
 class Plan:
     """The ranking, easy to hard, and the stages that are cut from it; what `plan.json` holds."""
 
-    ranking: tuple[str, ...]
+    ranking: Sequence[str]
     stages: tuple[Stage, ...]
 
 

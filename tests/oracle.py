@@ -12,7 +12,8 @@ import torch
 
 from pocl_dist.config import Config, load_config
 from pocl_dist.models.sources import cache_folder
-from pocl_dist.pipeline.plan import make_plan, read_plan
+from pocl_dist.pipeline.plan import make_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from tests.ranks import run_ranks
 

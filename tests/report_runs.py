@@ -11,7 +11,8 @@ from pocl_dist.files import atomic_write_json
 from pocl_dist.pipeline import difficulty_files
 from pocl_dist.pipeline.eval_report import write_reports
 from pocl_dist.pipeline.inputs import read_train
-from pocl_dist.pipeline.plan import make_plan, read_plan
+from pocl_dist.pipeline.plan import make_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord
 from tests.tiny import write_config, write_rows

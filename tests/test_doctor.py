@@ -429,7 +429,7 @@ def test_too_little_disk_is_74(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
     outcome = doctor()
     assert outcome.code == 74
-    assert "the run writes about 16.1 MB" in outcome.lines("error")[0]
+    assert "the run writes about 16.3 MB" in outcome.lines("error")[0]
 
 
 def test_a_hub_id_is_read_from_the_hubs_cache_and_is_69_when_neither_has_it(

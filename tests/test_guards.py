@@ -15,7 +15,7 @@ from pocl_dist.files import atomic_write_json, digest_of
 from pocl_dist.guards import LONGEST_LINE, inside, printable, shown
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.inputs import _find_once
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from tests.hostile import NASTY
 from tests.test_hostile_rows import RELAXED

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from pocl_dist.data.sources import MAX_ROW_BYTES, read_rows
+from pocl_dist.data.row_form import MAX_ROW_BYTES
+from pocl_dist.data.sources import read_rows
 from pocl_dist.errors import DataError
 from tests.hostile import hostile_files, hostile_rows
 

@@ -71,7 +71,8 @@ def test_a_command_without_a_model_loads_none_of_the_heavy_packages(
 
 
 def test_config_records_and_the_module_of_every_step_load_none_of_the_heavy_packages() -> None:
-    modules = ["config", "records", "run_log", "pipeline.run", "pipeline.plan", "pipeline.measure"]
+    steps = ["run", "plan", "measure", "compare"]
+    modules = ["config", "records", "run_log", *(f"pipeline.{step}" for step in steps)]
     imports = "".join(f"import pocl_dist.{module}\n" for module in modules)
     loaded = f"print(json.dumps([0, [name for name in {HEAVY!r} if name in sys.modules]]))"
     assert run(code=f"import json, sys\n{imports}{loaded}") == [0, []]

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "pocl_dist"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("failpoints", "processes"),
     ("errors", "files"),
-    ("guards", "versions"),
-    ("config", "records"),
+    ("guards", "list_digest", "versions"),
+    ("config", "records", "display"),
     (
         "data",
         "models",

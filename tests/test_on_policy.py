@@ -18,7 +18,8 @@ from pocl_dist.files import read_json, read_json_lines
 from pocl_dist.models.generation import Sampling, generate_answers, generate_token_ids
 from pocl_dist.on_policy.policy import AnswerSource, OnPolicy, choose_source
 from pocl_dist.on_policy.replay_buffer import ReplayBuffer, with_answer
-from pocl_dist.pipeline.plan import make_plan, read_plan
+from pocl_dist.pipeline.plan import make_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.step_answers import AnsweredBatch
 from pocl_dist.records import EncodedExample

@@ -16,18 +16,19 @@ import pytest
 from pocl_dist.config import Config
 from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.curriculum.stages import order
-from pocl_dist.difficulty.fusion import fuse
 from pocl_dist.errors import DataError, MismatchError, MissingInputError, RefusedError
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of
-from pocl_dist.pipeline import plan as step
+from pocl_dist.pipeline import plan_files
 from pocl_dist.pipeline.difficulty_files import config_inputs, not_finite, write_difficulty
 from pocl_dist.pipeline.inputs import read_train
-from pocl_dist.pipeline.plan import make_plan, read_plan
+from pocl_dist.pipeline.plan import make_plan
+from pocl_dist.pipeline.plan_files import RankingFile, plan_digest, ranked_rows, read_plan
 from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import DifficultyRecord
 from pocl_dist.shard_files import write_shard
 from tests.fixtures_models import make_run
+from tests.ranked import as_json, ranked, scores_digest
 from tests.tiny import write_rows
 
 NUM_ROWS = 23
@@ -59,7 +60,7 @@ def planned_run(
 def test_the_plan_is_the_fused_ranking_and_its_stages(tmp_path: Path) -> None:
     config, run = planned_run(tmp_path, scores())
     plan = make_plan(config, run)
-    expected = fuse(scores(), 60)
+    expected = ranked(scores(), 60)
     assert plan.ranking == tuple(example.example_id for example in expected)
     assert [(s.num_examples, s.num_steps) for s in plan.stages] == [(11, 3), (23, 6)]
     written = json.loads(run.plan.read_text())
@@ -73,7 +74,8 @@ def test_the_plan_is_the_fused_ranking_and_its_stages(tmp_path: Path) -> None:
         "num_steps",
     }
     table = pq.read_table(run.difficulty / "ranking.parquet").to_pylist()
-    assert table == [example.to_json() for example in expected]
+    assert table == as_json(expected)
+    assert written["inputs"]["difficulty sha256"] == scores_digest(scores())
     assert read_plan(run.plan) == plan
 
 
@@ -93,12 +95,12 @@ def test_planning_again_changes_no_byte(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("ordering", ["reversed", "shuffled"])
 def test_the_controls_reorder_the_ranking(tmp_path: Path, ordering: str) -> None:
     config, run = planned_run(tmp_path, scores(), curriculum={"ordering": ordering})
-    ids = [example.example_id for example in fuse(scores(), 60)]
-    in_file = [f"row-{index:03d}" for index in range(NUM_ROWS)]
-    expected = (
-        tuple(reversed(ids)) if ordering == "reversed" else order(in_file, "shuffled", config.seed)
-    )
-    assert make_plan(config, run).ranking == expected
+    ids = [example.example_id for example in ranked(scores(), 60)]
+    if ordering == "shuffled":  # in no relation to the scores
+        ids = [f"row-{index:03d}" for index in range(NUM_ROWS)]
+    expected = [ids[place] for place in order(NUM_ROWS, ordering, config.seed)]
+    assert list(make_plan(config, run).ranking) == expected
+    assert ordering == "shuffled" or expected == ids[::-1]
 
 
 @pytest.mark.parametrize("curriculum", [{"num_stages": 1}, {"ordering": "shuffled"}])
@@ -253,13 +255,25 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_long_ranking_lies_in_a_file_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "MAX_RANKING_IN_JSON", NUM_ROWS - 1)
     config, run = planned_run(tmp_path, scores())
-    plan = make_plan(config, run)
+    in_json = make_plan(config, run)
+    run.plan.unlink()
+    monkeypatch.setattr(plan_files, "MAX_RANKING_IN_JSON", NUM_ROWS - 1)
+    plan, rows = make_plan(config, run), read_train(config)
     value = json.loads(run.plan.read_text())
     assert "ranking" not in value
-    assert read_plan(run.plan) == plan == make_plan(config, run)
+    assert read_plan(run.plan) == plan == make_plan(config, run) == in_json
+    assert plan_digest(read_plan(run.plan)) == plan_digest(in_json)
+    places = ranked_rows(read_plan(run.plan), rows)
+    assert [rows.examples[place].example_id for place in places] == list(plan.ranking)
+    assert places.tolist() == ranked_rows(in_json, rows).tolist()
+    with pytest.raises(MismatchError, match="the plan was made for other rows"):
+        ranked_rows(read_plan(run.plan), replace(rows, digest="0"))
     file = run.root / value["ranking_file"]
+    earlier = tmp_path / "earlier.parquet"
+    pq.write_table(pq.read_table(file).select(["example_id"]), earlier)
+    with pytest.raises(MismatchError, match=r"earlier\.parquet was made by an earlier version"):
+        RankingFile(earlier, NUM_ROWS, rows.digest).rows()
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(MismatchError, match=r"plan-ranking\.parquet was changed"):
         read_plan(run.plan)

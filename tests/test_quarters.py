@@ -6,19 +6,22 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pocl_dist.config import load_config
+from pocl_dist.data.columns import text_array, write_columns
+from pocl_dist.data.sources import Rows
 from pocl_dist.files import read_json_lines
 from pocl_dist.metrics import rouge_l
 from pocl_dist.models.loading import load_tokenizer
 from pocl_dist.models.sources import ModelFolder
-from pocl_dist.pipeline.difficulty_files import write_records
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.inputs import read_train
+from pocl_dist.pipeline.plan_files import ranked_rows, read_plan
 from pocl_dist.pipeline.quarter_rows import choose_quarters
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.records import Plan, RankedExample
+from pocl_dist.records import Example
 from tests.caching import cached_by_ranks, copy_of
 from tests.tiny import write_config
 from tests.training import distill
@@ -29,8 +32,10 @@ NAMES = [f"row-{index:03d}" for index in range(24)]
 
 def _quarters(config: Path, names: list[str], *overrides: str) -> list[list[str]]:
     loaded = load_config([config], overrides)
-    plan = Plan(tuple(names), ())
-    return choose_quarters(loaded, RunDirectory(Path(loaded.run_dir)), plan, names)
+    rows = Rows("rows", tuple(Example(name, "", "", ("",)) for name in names), (), "")
+    run = RunDirectory(Path(loaded.run_dir))
+    chosen = choose_quarters(loaded, run, rows, np.arange(len(names)))
+    return [[names[place] for place in quarter] for quarter in chosen]
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +80,9 @@ def test_fewer_rows_than_quarters_all_stand_in_the_last(curriculum: Path) -> Non
 
 def _ranked(run: RunDirectory) -> None:
     """Puts a ranking into the run, hard rows in the order of their names reversed."""
-    records = [
-        RankedExample(name, 0.5, 1.0, place + 1.0, place + 1.0, 1 / (60 + place))
-        for place, name in enumerate(NAMES[::-1])
-    ]
-    write_records(run.difficulty / "ranking.parquet", RankedExample, records)
+    names = text_array(NAMES[::-1])
+    file = run.difficulty / "ranking.parquet"
+    write_columns(file, len(names), lambda part: {"example_id": names[part]})
 
 
 def _config(folder: Path, pair: Pair | tuple[None, Path, Path], **sections: dict) -> Path:
@@ -124,7 +127,10 @@ def test_the_last_line_is_what_plain_transformers_say_of_the_export(
     teacher = AutoModelForCausalLM.from_pretrained(tiny_pair[0], dtype=torch.float64)
     student = AutoModelForCausalLM.from_pretrained(whole.export, dtype=torch.float64)
     rows = {row["id"]: row for row in map(json.loads, tiny_pair[2].read_text().splitlines())}
-    quarters = choose_quarters(config, whole, read_plan(whole.plan), NAMES)
+    train = read_train(config)
+    ranking = ranked_rows(read_plan(whole.plan), train)
+    chosen = choose_quarters(config, whole, train, ranking)
+    quarters = [[train.examples[place].example_id for place in quarter] for quarter in chosen]
     assert all(name in NAMES[18:] for name in quarters[0]), "the ranking of the folder counts"
     line = _lines(whole)[-1]
     torch.set_num_threads(1)  # so small a model costs its threads

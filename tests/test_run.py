@@ -22,6 +22,8 @@ from pocl_dist.pipeline import verify_result
 from pocl_dist.pipeline.manifest import write_manifest
 from pocl_dist.pipeline.run_format import FILES
 from pocl_dist.pipeline.verify import find_changes
+from pocl_dist.trackers.registry import is_installed
+from tests.test_trackers import READERS
 from tests.tiny import write_config, write_rows
 
 # Planted: none of them may be found again.
@@ -36,6 +38,10 @@ SECRETS = {
     )
 }
 ENVIRONMENT = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1"}
+
+
+# Those that leave many small files are read back in test_trackers.py alone.
+TRACKERS = [name for name in ("tensorboard", "wandb") if is_installed(name)]
 
 
 def command_lines() -> bytes:
@@ -77,6 +83,7 @@ def run_dir(tiny_pair: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPat
         engine={"world_size": 2, "micro_batch_size": 4, "global_batch_size": 8},
         ray={"num_actors": 1},
         evaluate={"baselines": True},
+        log={"trackers": TRACKERS, "every": 5},
     )
     words = command("run", str(config))
     first = subprocess.Popen(
@@ -91,11 +98,13 @@ def run_dir(tiny_pair: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPat
     assert (status["state"], status["exit_code"], status["retryable"]) == ("stopped", 75, True)
     assert subprocess.run(command("verify", str(folder / "run"))).returncode == 0
     num_before = len(steps(folder / "run"))
+    words.append("--json")
     second = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"resumed from {folder / 'run' / 'checkpoints'}" in second.stdout
     assert f"(step {num_before})" in second.stdout
     (folder / "output").write_text(output + second.stdout + second.stderr)
+    (folder / "events").write_text(second.stdout)
     return folder / "run"
 
 
@@ -117,6 +126,39 @@ def test_a_stopped_run_goes_on_to_its_end_and_takes_every_step_once(run_dir: Pat
     plan = json.loads((run_dir / "plan.json").read_text())
     total = sum(stage["num_steps"] for stage in plan["stages"])
     assert steps(run_dir) == list(range(1, total + 1))
+
+
+def test_json_lines_of_the_run_and_of_its_ranks_are_all_of_its_stdout(run_dir: Path) -> None:
+    events = [json.loads(line) for line in (run_dir.parent / "events").read_text().splitlines()]
+    assert events[-1]["event"] == "outcome" and events[-1]["exit_code"] == 0
+    phases = [(e["phase"], e["number"], e["of"]) for e in events if e["event"] == "phase"]
+    assert phases == [
+        ("measure", 1, 5),
+        ("plan", 2, 5),
+        ("distill", 3, 5),
+        ("evaluate", 4, 5),
+        ("report", 5, 5),
+    ]
+    shown = {e["step"]: e for e in events if e["event"] == "step"}
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    logged = {row["step"]: row for row in rows if row["kind"] == "step"}
+    assert shown and all(shown[step]["loss"] == logged[step]["loss"] for step in shown)
+    last = shown[max(logged)]
+    assert last["num_steps"] == max(logged) and last["eta_seconds"] == 0
+    passes = [e for e in events if e["event"] == "rows"]
+    assert passes[-1]["done"] == passes[-1]["total"]
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_has_every_step_of_the_stopped_and_resumed_run_once(
+    run_dir: Path, name: str
+) -> None:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    expected = [(row["step"], row["loss"]) for row in rows if row["kind"] == "step"]
+    found = READERS[name](run_dir / "trackers" / name)["step/loss"]
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    values = [value for _, value in expected]
+    assert [value for _, value in found] == pytest.approx(values, rel=1e-7)
 
 
 def test_the_run_directory_holds_what_the_readme_promises(run_dir: Path) -> None:

@@ -116,3 +116,15 @@ def test_the_epoch_of_a_step_is_that_of_its_first_example() -> None:
 def test_the_order_does_not_change_between_versions() -> None:
     # A resumed run relies on it. PCG64 and SeedSequence are stable by NumPy's policy.
     assert sampler_of(10, 1.0, 10).batch(0) == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]
+
+
+def test_an_epoch_is_numpys_permutation_of_seed_stage_and_epoch() -> None:
+    """What runs of every earlier version were trained on, whatever the numbers are stored as."""
+    import numpy as np
+
+    for num_examples, stage in ((1, 0), (100, 1), (70_001, 3)):
+        sampler = sampler_of(num_examples, 2.0, num_examples, seed=9, stage=stage)
+        for epoch in (1, 0):
+            seeds = np.random.SeedSequence([9, stage, epoch])
+            generator = np.random.Generator(np.random.PCG64(seeds))
+            assert sampler.batch(epoch) == generator.permutation(num_examples).tolist()

@@ -23,7 +23,7 @@ from pocl_dist.data.encoding import collate
 from pocl_dist.difficulty import server as client
 from pocl_dist.difficulty.server import Server, ServerPrompt, ask, check_reachable
 from pocl_dist.difficulty.server_pool import ask_all
-from pocl_dist.difficulty.work import make_batches
+from pocl_dist.difficulty.work import make_batches, make_shards
 from pocl_dist.errors import (
     ConfigError,
     MismatchError,
@@ -39,7 +39,7 @@ from pocl_dist.pipeline.inputs import make_encoder, read_train
 from pocl_dist.pipeline.measure import measure
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.preflight import check_inputs
-from pocl_dist.pipeline.server_answers import find_server, with_answers
+from pocl_dist.pipeline.server_answers import find_server, server_answers
 from tests.fixtures_models import make_run, write_varied_rows
 from tests.fixtures_models import ray_of_module as ray_of_module
 from tests.tiny import write_config
@@ -126,11 +126,12 @@ def test_a_real_server_gives_the_answers_of_the_local_engine(
     encoder = make_encoder(config, tokenizer)
     encoded = [encoder.encode(example) for example in rows.examples]
     batches = make_batches(encoded, {row.example_id: () for row in encoded}, 5)
-    answered = with_answers(config, run, batches, rows, find_server(config))
-    for batch in answered:
+    shards = {shard.name: shard for shard in make_shards(batches, 5)}
+    answers = server_answers(config, run, shards, rows, find_server(config))
+    for batch in batches:
         local = answer_and_score(model, tokenizer, batch.examples, collate(batch.examples, 0), 6)
-        assert batch.answers == tuple(row.answer for row in local)
-    assert len({text for batch in answered for text in batch.answers or ()}) > 1
+        assert [answers[row.example_id] for row in batch.examples] == [row.answer for row in local]
+    assert len(set(answers.values())) > 1
 
 
 def test_what_a_real_server_refuses_is_told_by_key(

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pocl_dist.data.sources import MAX_ROW_BYTES, Rows, read_rows
+from pocl_dist.data.row_form import MAX_ROW_BYTES
+from pocl_dist.data.sources import Rows, read_rows
 from pocl_dist.errors import DataError, MissingInputError
 from pocl_dist.records import Example
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from pocl_dist import failpoints
+from pocl_dist.config import Config
 from pocl_dist.errors import WorkerError
 from pocl_dist.files import (
     WriteError,
@@ -28,7 +30,7 @@ from pocl_dist.files import (
     writing,
 )
 from pocl_dist.run_log import MetricsLog
-from pocl_dist.trackers import TensorBoardTracker
+from pocl_dist.trackers.sender import Trackers
 from tests.test_bad_input import Command, command, config  # noqa: F401  (fixtures)
 
 
@@ -184,17 +186,13 @@ def test_a_command_on_a_full_disk_is_74_keeps_what_is_there_and_goes_on_with_spa
     assert command("verify", small_disk / "run").code == 0
 
 
-def test_every_other_writer_names_the_full_disk_and_leaves_nothing(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread ends by it
+def test_every_other_writer_names_the_full_disk_and_leaves_nothing(small_disk: Path) -> None:
     log = MetricsLog(small_disk / "metrics.jsonl", -1)
     log.write({"kind": "step", "step": 1, "loss": 0.5})
-    tracker = TensorBoardTracker(small_disk / "tensorboard", -1)
     with pytest.raises(WriteError) as caught, new_folder(small_disk / "export") as folder:
         save_file({"weight": torch.zeros(1 << 17)}, folder / "model.safetensors")  # 512 KiB
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(small_disk / "export"))
-    assert sorted(path.name for path in small_disk.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert [path.name for path in small_disk.iterdir()] == ["metrics.jsonl"]
     _fill(small_disk)
     with pytest.raises(WriteError) as caught:
         for step in range(2, 400):
@@ -203,8 +201,28 @@ def test_every_other_writer_names_the_full_disk_and_leaves_nothing(
     log.close()
     rows = read_json_lines(small_disk / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    with pytest.raises(WriteError) as caught:
-        for step in range(2000):
-            tracker.log("step", step, {"loss": 0.5})
-        tracker.close()
-    assert caught.value.filename == str(small_disk / "tensorboard")
+
+
+def test_a_tracker_on_a_full_disk_is_warned_of_once_and_ends_nothing(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread ends by it
+    tracked = Config.model_validate(
+        {
+            "run_dir": str(small_disk),
+            "models": {"student": {"path": "s"}, "teacher": None},
+            "data": {"train": "t"},
+            "log": {"trackers": ["tensorboard"]},
+        }
+    )
+    trackers = Trackers(tracked, small_disk, -1, {})
+    deadline = time.monotonic() + 60
+    while not (small_disk / "trackers" / "tensorboard.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    _fill(small_disk)
+    for step in range(2000):
+        trackers.send({"kind": "step", "step": step, "loss": 0.5})
+    trackers.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: log.trackers: tensorboard failed")

@@ -104,7 +104,7 @@ def write_config(
         "generation": {"max_new_tokens": 6, "batch_size": 8},
         "optimizer": {"learning_rate": 1e-3},
         "engine": {"micro_batch_size": 3, "global_batch_size": 8},
-        "log": {"tensorboard": False},
+        "log": {"trackers": []},
     }
     for section, keys in sections.items():
         value[section] = {**value.get(section, {}), **keys} if isinstance(keys, dict) else keys  # type: ignore[dict-item]

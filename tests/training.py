@@ -213,7 +213,7 @@ def plain_torch_weights(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pocl_dist.data.sampler import StageSampler
-    from pocl_dist.pipeline.plan import read_plan
+    from pocl_dist.pipeline.plan_files import read_plan
 
     plan = read_plan(run.plan)
     teacher, student = (

@@ -4,7 +4,7 @@ from pocl_dist.config.curriculum_sections import CurriculumConfig, ScheduleConfi
 from pocl_dist.config.input_sections import DataConfig, LoRAConfig, ModelConfig, StudentConfig
 from pocl_dist.config.keys import compare_inputs, flatten, select_keys
 from pocl_dist.config.launch_sections import LaunchConfig
-from pocl_dist.config.load import dump_config, load_config, load_words
+from pocl_dist.config.load import dump_config, load_config, load_words, replaced
 from pocl_dist.config.pass_sections import (
     EvaluateConfig,
     GenerateConfig,
@@ -45,5 +45,6 @@ __all__ = [
     "flatten",
     "load_config",
     "load_words",
+    "replaced",
     "select_keys",
 ]

@@ -114,6 +114,17 @@ def _check_engine(config: Config) -> Iterator[str]:
         )
 
 
+def _check_restarts(config: Config) -> Iterator[str]:
+    steps, num_stages = config.optimizer.restart_steps, config.curriculum.num_stages
+    if steps and num_stages > 1:
+        yield (
+            f"optimizer.restart_steps: {steps} needs curriculum.num_stages 1, not {num_stages}: "
+            "with more, the cosine starts anew at every stage"
+        )
+    if steps != sorted(set(steps)):
+        yield f"optimizer.restart_steps: {steps} must ascend, without repeats"
+
+
 def _check_data(config: Config) -> Iterator[str]:
     data, curriculum = config.data, config.curriculum
     if data.max_prompt_tokens >= data.max_tokens:
@@ -149,6 +160,14 @@ def _check_no_secret(url: str) -> Iterator[str]:
         yield (
             "measure.server_url: no user or password may stand in it; put the key in an "
             "environment variable and name that in measure.server_key_variable"
+        )
+
+
+def _check_log(config: Config) -> Iterator[str]:
+    if "@" in (config.log.mlflow_uri or ""):  # the message must not repeat it
+        yield (
+            "log.mlflow_uri: no user or password may stand in it; set $MLFLOW_TRACKING_USERNAME "
+            "and $MLFLOW_TRACKING_PASSWORD, or $MLFLOW_TRACKING_TOKEN"
         )
 
 
@@ -203,10 +222,12 @@ _CHECKS = (
     _check_teacher,
     _check_data,
     _check_engine,
+    _check_restarts,
     _check_full_logits,
     _check_passes,
     _check_schedules,
     _check_loss,
+    _check_log,
 )
 
 

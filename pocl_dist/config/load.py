@@ -219,8 +219,12 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         merged = _merge(merged, _read_file(find_config(str(path))))
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
+    return _validated(merged)
+
+
+def _validated(value: Mapping[str, JSONValue]) -> Config:
     try:
-        config = Config.model_validate(merged)
+        config = Config.model_validate(value)
     except ValidationError as error:
         details = error.errors(include_url=False)
         lines = list(dict.fromkeys(_message(detail) for detail in details[:MAX_MISTAKES]))
@@ -229,6 +233,18 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         raise ConfigError("\n".join(lines)) from None
     check_config(config)
     return config
+
+
+def replaced(config: Config, keys: Mapping[str, JSONValue]) -> Config:
+    """Returns the config with other values under the dotted `keys`; raises as `load_config`."""
+    value = cast("dict[str, JSONValue]", config.model_dump(mode="json"))
+    for key, item in keys.items():
+        *parents, leaf = key.split(".")
+        section = value
+        for name in parents:
+            section = cast("dict[str, JSONValue]", section[name])
+        section[leaf] = item
+    return _validated(value)
 
 
 def load_words(words: Sequence[str]) -> Config:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pocl_dist.config.section import Section, Text
+from pocl_dist.config.section import Line, Section, Text
 
 
 class GenerationConfig(Section):
@@ -75,6 +75,9 @@ class EvaluateConfig(Section):
     """Seeds of the sampled passes; greedy needs one."""
     baselines: bool = False
     """Also evaluate the teacher and the student before training."""
+    harness: list[Line] = []
+    """Tasks of the lm-evaluation-harness for the export: names, or files and folders of tasks.
+    `data.eval_limit` bounds their rows, `generation.batch_size` their batches."""
 
 
 class ReportConfig(Section):

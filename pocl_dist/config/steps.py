@@ -29,7 +29,7 @@ def steps_of(config: Config) -> list[str]:
         "plan": True,
         "cache": config.teacher.source != "online",
         "distill": True,
-        "evaluate": bool(config.data.eval),
+        "evaluate": bool(config.data.eval or config.evaluate.harness),
         "report": True,
     }
     return [name for name, is_needed in needed.items() if is_needed]

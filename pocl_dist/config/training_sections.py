@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from pocl_dist.config.section import Fraction, Section, Text
+from pocl_dist.config.section import Fraction, Line, Section, Text
 
 
 class LossConfig(Section):
@@ -35,6 +35,9 @@ class OptimizerConfig(Section):
     """End of the cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Linear warm-up at the start of every stage."""
+    restart_steps: list[Annotated[int, Field(ge=1)]] = []
+    """With one stage: the steps before which the cosine starts anew, as it does at a change of
+    stage (and AdamW's moments, with `curriculum.optimizer: reset`)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """On matrices only; biases and norms are left out."""
     betas: Annotated[
@@ -182,7 +185,19 @@ class ExportConfig(Section):
 class LogConfig(Section):
     """What is shown and recorded besides `metrics.jsonl`."""
 
-    tensorboard: bool | None = None
-    """Null: if the package is installed."""
+    output: Literal["auto", "quiet", "json"] = "auto"
+    """On stdout: lines, on a terminal a live display; nothing; JSON lines (docs/observing.md)."""
     every: Annotated[int, Field(ge=1)] = 10
-    """Steps between printed lines when the output is no terminal."""
+    """Steps between lines when the output is no terminal."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | None = None
+    """Who else gets the numbers of `metrics.jsonl`; null: TensorBoard, if it is installed."""
+    project: Line = "pocl_dist"
+    """Under which name trackers file the run: project, or experiment."""
+    run_name: Line | None = None
+    """Its name there; null: the name of the run directory."""
+    wandb_mode: Literal["offline", "online"] = "offline"
+    """`offline`: files in the run directory, for `wandb sync`; `online`: with $WANDB_API_KEY."""
+    mlflow_uri: Line | None = None
+    """Tracking server; null: files in the run directory. User and password from the environment."""
+    trackio_space: Line | None = None
+    """Hub space (OWNER/NAME) that shows the run; null: a database in the run directory."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 
 from pocl_dist.config import Config
-from pocl_dist.curriculum.schedules import cosine_learning_rate
+from pocl_dist.curriculum.schedules import cosine_learning_rate, step_in_cosine
 from pocl_dist.distributed.collectives import broadcast_floats
 from pocl_dist.distributed.process_group import Rank
 from pocl_dist.records import Stage
@@ -158,6 +158,12 @@ class Coordinator:
         stage = self.stages[progress.stage + 1 if is_next_stage else progress.stage]
         step_in_stage = 0 if is_next_stage else progress.step_in_stage
         optimizer = self.config.optimizer
+        done_in_cosine, num_cosine_steps = step_in_cosine(
+            step_in_stage, stage.num_steps, optimizer.restart_steps
+        )
+        is_restart = is_next_stage or (
+            action == Action.TRAIN and step_in_stage in optimizer.restart_steps
+        )
         return Instruction(
             action=action,
             step=progress.step,
@@ -166,13 +172,13 @@ class Coordinator:
             temperature=stage.temperature,
             kd_ratio=stage.kd_ratio,
             learning_rate=cosine_learning_rate(
-                step_in_stage,
-                stage.num_steps,
+                done_in_cosine,
+                num_cosine_steps,
                 optimizer.learning_rate,
                 optimizer.min_learning_rate,
                 optimizer.warmup_steps,
             ),
-            resets_optimizer=is_next_stage and self.config.curriculum.optimizer == "reset",
+            resets_optimizer=is_restart and self.config.curriculum.optimizer == "reset",
         )
 
     @property

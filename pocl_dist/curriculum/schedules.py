@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 from pocl_dist.config import ScheduleConfig
 from pocl_dist.config.curriculum_sections import Schedule
@@ -66,3 +67,16 @@ def cosine_learning_rate(
         )  # the step after the warm-up has the peak
     progress = (step_in_stage - warmup_steps) / max(1, num_steps - warmup_steps)
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def step_in_cosine(
+    step_in_stage: int, num_steps: int, restart_steps: Sequence[int]
+) -> tuple[int, int]:
+    """Returns (steps since the cosine last began, its length) at a step of a stage.
+
+    It begins with the stage and anew before each of `restart_steps`, which ascend.
+    """
+    index = bisect_right(restart_steps, step_in_stage)
+    start = restart_steps[index - 1] if index else 0
+    end = restart_steps[index] if index < len(restart_steps) else num_steps
+    return step_in_stage - start, end - start

@@ -7,7 +7,6 @@ section 3.2). Needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,17 +53,16 @@ def make_stages(
     )
 
 
-def order(ranked_ids: Sequence[str], ordering: str, seed: int) -> tuple[str, ...]:
-    """Returns the ids in training order, given them easy to hard.
+def order(num_ranked: int, ordering: str, seed: int) -> np.ndarray:
+    """Returns the places of a ranking, easy to hard, in training order.
 
-    `curriculum` keeps them; the controls are `reversed` (hard to easy) and `shuffled`, a
+    `curriculum` keeps it; the controls are `reversed` (hard to easy) and `shuffled`, a
     permutation of the seed. The stages are cut from the result, so they stay cumulative.
     """
     if ordering == "reversed":
-        return tuple(reversed(ranked_ids))
+        return np.arange(num_ranked)[::-1]
     if ordering == "shuffled":
-        generator = np.random.Generator(np.random.PCG64(seed))
-        return tuple(ranked_ids[index] for index in generator.permutation(len(ranked_ids)))
+        return np.random.Generator(np.random.PCG64(seed)).permutation(num_ranked)
     if ordering == "curriculum":
-        return tuple(ranked_ids)
+        return np.arange(num_ranked)
     raise AssertionError(f"ordering {ordering!r}: the config allows no such value")

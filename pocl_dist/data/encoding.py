@@ -90,19 +90,7 @@ class Encoder:
         """Returns the prompt of an example under the template."""
         if self.template == "chat":
             return self._render_chat(example)
-        instruction = "\n\n".join([*(text for _, text in example.history), example.prompt])
-        content = f"{instruction}\n{example.context}" if example.context else instruction
-        if self.template == "short":
-            return Prompt("### Instruction:\n", content, "\n\n### Response:\n")
-        if self.template == "alpaca":
-            head = (
-                _ALPACA.format(more=_WITH_CONTEXT if example.context else "") + "### Instruction:\n"
-            )
-            if example.context:
-                content = f"{instruction}\n\n### Input:\n{example.context}"
-            return Prompt(head, content, "\n\n### Response:\n")
-        before, _, after = self.template.partition("{prompt}")
-        return Prompt(before, content, after)
+        return render_plain(self.template, example)
 
     def _render_chat(self, example: Example) -> Prompt:
         messages = chat_messages(example)
@@ -167,6 +155,21 @@ class Encoder:
             is_prompt_cut=is_prompt_cut,
             is_response_cut=len(response_ids) > room,
         )
+
+
+def render_plain(template: str, example: Example) -> Prompt:
+    """Returns the prompt of an example under a template that needs no tokenizer: not `chat`."""
+    instruction = "\n\n".join([*(text for _, text in example.history), example.prompt])
+    content = f"{instruction}\n{example.context}" if example.context else instruction
+    if template == "short":
+        return Prompt("### Instruction:\n", content, "\n\n### Response:\n")
+    if template == "alpaca":
+        head = _ALPACA.format(more=_WITH_CONTEXT if example.context else "") + "### Instruction:\n"
+        if example.context:
+            content = f"{instruction}\n\n### Input:\n{example.context}"
+        return Prompt(head, content, "\n\n### Response:\n")
+    before, _, after = template.partition("{prompt}")
+    return Prompt(before, content, after)
 
 
 def chat_messages(example: Example) -> list[dict[str, str]]:

@@ -13,10 +13,12 @@ from functools import lru_cache
 import numpy as np
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)  # four bytes per example; steps come in order, so one epoch is enough
 def _permutation(seed: int, stage: int, epoch: int, num_examples: int) -> np.ndarray:
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stage, epoch])))
-    return generator.permutation(num_examples)
+    places = np.arange(num_examples, dtype=np.int32)
+    generator.shuffle(places)  # as `permutation` does, which would take eight bytes
+    return places
 
 
 def num_visits(num_examples: int, epochs: float) -> int:
@@ -55,10 +57,11 @@ class StageSampler:
         """Returns positions in the ranking, each < `num_examples`, of the stage's step `step`."""
         start = step * self.global_batch_size
         stop = min(start + self.global_batch_size, num_visits(self.num_examples, self.epochs))
-        positions = []
-        for visit in range(start, stop):
-            epoch, offset = divmod(visit, self.num_examples)
-            positions.append(
-                int(_permutation(self.seed, self.stage, epoch, self.num_examples)[offset])
-            )
+        positions: list[int] = []
+        while start < stop:
+            epoch, offset = divmod(start, self.num_examples)
+            places = _permutation(self.seed, self.stage, epoch, self.num_examples)
+            part = places[offset : offset + stop - start]
+            positions += part.tolist()
+            start += len(part)
         return positions

@@ -1,17 +1,29 @@
-"""One ranking from several signals: reciprocal rank fusion (POCL section 3.1). Pure; no torch."""
+"""One ranking from several signals: reciprocal rank fusion (POCL section 3.1). Pure; no torch.
+
+Works on columns: ten million rows are ranked in seconds and in a few hundred MB.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from pocl_dist.difficulty.signals import SIGNALS
 from pocl_dist.errors import DataError
-from pocl_dist.records import DifficultyRecord, RankedExample
 
 
-def rank(values: Sequence[float], higher_is_easier: bool) -> list[float]:
+@dataclass(frozen=True)
+class Fused:
+    """Rows after fusion; all columns in the order in which the rows were given."""
+
+    ranks: Mapping[str, np.ndarray]  # per signal, from 1; ties share the mean rank
+    fused_score: np.ndarray  # larger = easier
+    easy_to_hard: np.ndarray  # the rows' places
+
+
+def rank(values: np.ndarray, higher_is_easier: bool) -> np.ndarray:
     """Returns the rank of each value, the easiest 1; equal values share their group's mean rank.
 
     Raises DataError (65) for a value that is not finite: NaN has no place in any order.
@@ -26,36 +38,32 @@ def rank(values: Sequence[float], higher_is_easier: bool) -> list[float]:
         -numbers if higher_is_easier else numbers, return_inverse=True, return_counts=True
     )
     num_before = np.cumsum(sizes) - sizes
-    return (num_before + (sizes + 1) / 2)[group].tolist()  # type: ignore[no-any-return]
+    return np.asarray((num_before + (sizes + 1) / 2)[group])
 
 
-def fuse(records: Sequence[DifficultyRecord], k: float) -> list[RankedExample]:
-    """Returns the examples easy to hard by `sum over signals of 1 / (k + rank)`, larger = easier.
+def fuse(columns: Mapping[str, np.ndarray], k: float) -> Fused:
+    """Returns rows easy to hard by `sum over signals of 1 / (k + rank)`, larger = easier.
 
-    Equal fused scores are ordered by example id, so the ranking is a function of the scores alone.
+    `columns` holds a signal's values each, of rows in the order of their ids: equal fused scores
+    keep it, so the ranking is a function of the scores alone.
     """
-    columns = {name: [float(getattr(record, name)) for record in records] for name in SIGNALS}
     ranks = {}
     for name, signal in SIGNALS.items():
         try:
             ranks[name] = rank(columns[name], signal.higher_is_easier)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
-    ranked = []
-    for index, record in enumerate(records):
-        fields = {name: columns[name][index] for name in SIGNALS}
-        fields |= {f"rank_{name}": ranks[name][index] for name in SIGNALS}
-        fused_score = sum(1 / (k + ranks[name][index]) for name in SIGNALS)
-        ranked.append(
-            RankedExample(example_id=record.example_id, fused_score=fused_score, **fields)
-        )
-    return sorted(ranked, key=lambda example: (-example.fused_score, example.example_id))
+    fused_score = np.zeros(len(next(iter(ranks.values()))))
+    for name in SIGNALS:
+        fused_score += 1 / (k + ranks[name])
+    return Fused(ranks, fused_score, np.argsort(-fused_score, kind="stable"))
 
 
-def tie_shares(records: Sequence[DifficultyRecord]) -> dict[str, float]:
+def tie_shares(columns: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Returns, per signal, the share of rows (0..1) whose value another row has too."""
     shares = {}
     for name in SIGNALS:
-        _, sizes = np.unique([getattr(record, name) for record in records], return_counts=True)
-        shares[name] = float(sizes[sizes > 1].sum() / len(records)) if len(records) else 0.0
+        _, sizes = np.unique(columns[name], return_counts=True)
+        num_rows = len(columns[name])
+        shares[name] = float(sizes[sizes > 1].sum() / num_rows) if num_rows else 0.0
     return shares

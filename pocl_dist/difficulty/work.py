@@ -7,10 +7,12 @@ results are the same bits for any number of actors, any shard size and any inter
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from pocl_dist.distributed.shard_queue import halves_of
+import numpy as np
+
+from pocl_dist.distributed.shard_queue import ShardT, halves_of
 from pocl_dist.records import EncodedExample
 
 
@@ -32,6 +34,13 @@ class WorkBatch:
     def only(self, rows: Sequence[int]) -> WorkBatch:
         """Returns the batch with these rows asked for."""
         return replace(self, part=tuple(rows))
+
+    def num_tokens(self, method: str) -> int:
+        """Returns the input tokens of the asked rows: prompts, with `measure` the responses too."""
+        rows = [self.examples[row] for row in self.rows]
+        if method == "measure":
+            return sum(len(row.token_ids) for row in rows)
+        return sum(row.num_prompt_tokens for row in rows)
 
     @property
     def asked_ids(self) -> list[str]:
@@ -60,6 +69,10 @@ class WorkShard:
         """Returns the ids of the rows that are asked for."""
         return [name for batch in self.batches for name in batch.asked_ids]
 
+    def num_tokens(self, method: str) -> int:
+        """Returns the input tokens of the rows that are asked for."""
+        return sum(batch.num_tokens(method) for batch in self.batches)
+
     def halves(self) -> list[WorkShard]:
         """Returns the shard in two parts, none when one row is asked for."""
         return [replace(self, batches=part) for part in halves_of(self.batches)]
@@ -67,7 +80,11 @@ class WorkShard:
     @property
     def name(self) -> str:
         """Returns its file's name: that of its first batch, so no two shard layouts can collide."""
-        return f"shard-{self.batches[0].index:05d}"
+        return _name(self.batches[0].index)
+
+
+def _name(first_batch: int) -> str:
+    return f"shard-{first_batch:05d}"
 
 
 def make_batches(
@@ -123,3 +140,78 @@ def make_shards(batches: Sequence[WorkBatch], shard_size: int) -> tuple[WorkShar
         tuple(batches[start : start + per_shard]) for start in range(0, len(batches), per_shard)
     ]
     return tuple(WorkShard(cut) for cut in reversed(cuts))
+
+
+@dataclass(frozen=True)
+class WorkRow:
+    """A row and what belongs to it."""
+
+    example: EncodedExample
+    references: tuple[str, ...]
+
+
+class OpenShards(Mapping[str, WorkShard]):
+    """The shards with a row that is not done, each made when it is asked for.
+
+    They are those of `make_batches`, `open_batches` and `make_shards`, but no row is held.
+    """
+
+    def __init__(
+        self,
+        row: Callable[[int], WorkRow],
+        in_order: np.ndarray,
+        batch_size: int,
+        shard_size: int,
+        is_done: np.ndarray,
+        is_left_out: np.ndarray,
+    ) -> None:
+        """Takes the rows' places by length, then id, and masks by place; `row` returns one."""
+        self._row = row
+        self._in_order = in_order
+        self._batch_size = batch_size
+        self._is_left_out = is_left_out
+        self._answers: Mapping[str, str] | None = None
+        starts = np.arange(0, len(in_order), batch_size)
+        is_open = ~np.logical_and.reduceat((is_done | is_left_out)[in_order], starts)
+        num_asked = np.add.reduceat((~is_left_out)[in_order].astype(np.int64), starts)
+        batches = np.flatnonzero(is_open)
+        per_shard = -(-shard_size // batch_size)
+        cuts = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
+        self._batches = {_name(int(cut[0])): cut for cut in reversed(cuts)}
+        self.sizes = {name: int(num_asked[cut].sum()) for name, cut in self._batches.items()}
+
+    def with_answers(self, answers: Mapping[str, str]) -> OpenShards:
+        """Takes the answers of a server, by example id, for all rows; returns itself."""
+        self._answers = answers
+        return self
+
+    def __getitem__(self, name: str) -> WorkShard:
+        return WorkShard(tuple(self._batch(int(index)) for index in self._batches[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def _batch(self, index: int) -> WorkBatch:
+        start = index * self._batch_size
+        places = self._in_order[start : start + self._batch_size]
+        rows = [self._row(place) for place in places.tolist()]
+        examples = tuple(row.example for row in rows)
+        answers = self._answers
+        batch = WorkBatch(
+            index,
+            examples,
+            tuple(row.references for row in rows),
+            None if answers is None else tuple(answers[row.example_id] for row in examples),
+        )
+        asked = np.flatnonzero(~self._is_left_out[places])
+        return batch if len(asked) == len(rows) else batch.only(asked.tolist())
+
+
+def sizes_of(shards: Mapping[str, ShardT]) -> Mapping[str, int]:
+    """Returns how many rows of each shard are asked for; makes none."""
+    if isinstance(shards, OpenShards):
+        return shards.sizes
+    return {name: shard.num_rows for name, shard in shards.items()}

@@ -87,7 +87,9 @@ class ShardQueue(Generic[ShardT]):
         give_up: Callable[[str, ShardT, str], None] | None,
     ) -> None:
         self.num_open = len(shards)
-        self._waiting = deque(Piece(name, shard) for name, shard in shards.items())
+        self._shards = shards
+        # A name is a whole shard, which may be made only when it is asked for.
+        self._waiting: deque[Piece[ShardT] | str] = deque(shards)
         self._num_pieces = dict.fromkeys(shards, 1)  # of each open shard: waiting, at work, held
         self._results: dict[str, dict[tuple[int, ...], object]] = {name: {} for name in shards}
         self._held: list[tuple[Piece[ShardT], str]] = []  # rows that kill, until work gets done
@@ -100,7 +102,10 @@ class ShardQueue(Generic[ShardT]):
 
     def take(self) -> Piece[ShardT] | None:
         """Returns what to do next, None when nothing waits."""
-        return self._waiting.popleft() if self._waiting else None
+        if not self._waiting:
+            return None
+        found = self._waiting.popleft()
+        return Piece(found, self._shards[found]) if isinstance(found, str) else found
 
     def done(self, piece: Piece[ShardT], result: object) -> Iterator[tuple[str, list[object]]]:
         """Takes a piece's result; yields (name, results) of shards that are complete with it."""

@@ -62,7 +62,7 @@ class ReplayBuffer:
         self, tensors: Mapping[str, torch.Tensor], encoded: Mapping[str, EncodedExample]
     ) -> None:
         """Sets what `to_tensors` gave; prompts come from `encoded`, by example id."""
-        names = bytes(tensors["example_ids"].tolist()).decode().split("\0")[:-1]
+        names = stored_ids(tensors)
         token_ids: Sequence[int] = tensors["token_ids_L"].tolist()
         self._answers.clear()
         start = 0
@@ -71,6 +71,11 @@ class ReplayBuffer:
             answer_ids = token_ids[start : start + length]
             self._answers.append(with_answer(encoded[name], answer_ids, is_cut))
             start += length
+
+
+def stored_ids(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Returns the ids of the answers that `to_tensors` gave, each as often as it is there."""
+    return bytes(tensors["example_ids"].tolist()).decode().split("\0")[:-1]
 
 
 def with_answer(example: EncodedExample, answer_ids: Sequence[int], is_cut: bool) -> EncodedExample:

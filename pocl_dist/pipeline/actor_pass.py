@@ -12,15 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 from pocl_dist.config import Config, EvaluateConfig
 from pocl_dist.config.pass_sections import GenerateConfig
-from pocl_dist.difficulty.work import WorkShard
+from pocl_dist.difficulty.work import WorkShard, sizes_of
 from pocl_dist.difficulty.worker import ModelWorker, ShardResult, WorkerSettings
 from pocl_dist.distributed.ray_pool import ActorPool
 from pocl_dist.distributed.ray_session import ray_session
-from pocl_dist.distributed.shard_queue import ShardT
+from pocl_dist.distributed.shard_queue import Shard
 from pocl_dist.errors import PoclError, StoppedError, WorkerError
 from pocl_dist.failpoints import failpoint
 from pocl_dist.models.generation import Sampling
@@ -70,7 +70,16 @@ def worker_settings(
     )
 
 
+class CountedShard(Shard, Protocol):
+    """A shard of which the speed can be told."""
+
+    def num_tokens(self, method: str) -> int:
+        """Returns the input tokens that `method` of the worker takes."""
+        ...
+
+
 T = TypeVar("T")
+CountedT = TypeVar("CountedT", bound=CountedShard)
 # Whoever ends a job signals all its processes: Ray's daemons may be gone before we are told.
 LAST_SIGNAL_SECONDS = 1.0
 
@@ -111,7 +120,7 @@ def answer_rows(config: Config, stop: StopRequest, work: RowPass[T]) -> None:
 
     Rows that fail are listed before that: a saved shard is one that is not done again.
     """
-    num_open = sum(shard.num_rows for shard in work.shards.values())
+    num_open = sum(sizes_of(work.shards).values())
     say(
         f"{work.title}: {num_open} of {work.num_rows} rows, in {len(work.shards)} shards, "
         f"with {work.settings.model.origin}"
@@ -147,9 +156,9 @@ def work_off(
     worker: type,
     settings: object,
     method: str,
-    shards: Mapping[str, ShardT],
+    shards: Mapping[str, CountedT],
     progress: RowProgress,
-    give_up: Callable[[str, ShardT, str], None],
+    give_up: Callable[[str, CountedT, str], None],
     gpus_per_actor: int = 1,
 ) -> Generator[tuple[str, list[object]], None, None]:
     """Yields (shard name, results of the worker's `method`) as shards finish, as `ActorPool.map`.
@@ -168,10 +177,11 @@ def work_off(
 
     with (
         progress,
-        ActorPool[ShardT](
+        ActorPool[CountedT](
             worker, settings, config.ray, len(shards), progress.note, gpus_per_actor
         ) as pool,
     ):
         for name, results in pool.map(method, shards, raise_if_asked, give_up):
             yield name, results
-            progress.advance(shards[name].num_rows)
+            shard = shards[name]  # made again: that is little beside its answers
+            progress.advance(shard.num_rows, shard.num_tokens(method))

@@ -19,12 +19,11 @@ from pocl_dist.pipeline.cache_inputs import (
     cache_inputs,
     check_truncation,
     plan_temperatures,
-    planned_examples,
     truncation_errors,
 )
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source, teacher_source
 from pocl_dist.pipeline.launch_local import is_distilled, launch_ranks
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.plan_files import ranked_rows, read_plan
 from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.records import EncodedExample
@@ -89,8 +88,8 @@ def cache(config: Config, run: RunDirectory) -> None:
     summarise(config, run, time.monotonic() - started)
 
 
-def prepare(config: Config, run: RunDirectory) -> CacheJob:
-    """Returns what is to be done; writes nothing.
+def prepare(config: Config, run: RunDirectory, is_read: bool = False) -> CacheJob:
+    """Returns what is to be done; `is_read` as for `read_train`.
 
     Raises ConfigError (64) for a source without cache and a `top_k` above the vocabulary,
     MissingInputError (66) without a plan, MismatchError (78) for a cache of other inputs.
@@ -100,7 +99,7 @@ def prepare(config: Config, run: RunDirectory) -> CacheJob:
         raise ConfigError(
             "teacher.source: 'online' has nothing to cache; set cache_hidden or cache_topk"
         )
-    plan, rows = read_plan(run.plan), read_train(config)
+    plan, rows = read_plan(run.plan), read_train(config, is_read)
     teacher, student = teacher_source(config, run), student_source(config, run)
     assert teacher is not None, "checked with the config"
     if not (student.folder / "config.json").exists():
@@ -118,8 +117,8 @@ def prepare(config: Config, run: RunDirectory) -> CacheJob:
     top_k = config.teacher.top_k if source == "cache_topk" else None
     check_top_k(config, len(tokenizer))
     encoder = make_encoder(config, tokenizer)
-    encoded = {example.example_id: encoder.encode(example) for example in rows.examples}
-    examples = planned_examples(plan, encoded)
+    places = ranked_rows(plan, rows)
+    examples = tuple(encoder.encode(rows.examples[place]) for place in places.tolist())
     inputs = cache_inputs(config, rows, plan, teacher, examples)
     check_made_from(run.teacher_cache / "inputs.json", inputs)
     settings = CacheSettings(

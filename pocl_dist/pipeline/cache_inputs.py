@@ -10,7 +10,8 @@ from pocl_dist.config import Config, select_keys
 from pocl_dist.data.sources import Rows
 from pocl_dist.distributed.scratch import scratch_folder
 from pocl_dist.errors import ConfigError, MissingInputError
-from pocl_dist.files import JSONValue, digest_of, read_json
+from pocl_dist.files import JSONValue, read_json
+from pocl_dist.list_digest import ListDigest
 from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.difficulty_files import model_inputs
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
@@ -29,13 +30,6 @@ _INPUT_KEYS = (
     "data.max_prompt_tokens",
     "engine.dtype",
 )
-
-
-def planned_examples(
-    plan: Plan, encoded: Mapping[str, EncodedExample]
-) -> tuple[EncodedExample, ...]:
-    """Returns the rows that training will ask the teacher about."""
-    return tuple(encoded[example_id] for example_id in plan.ranking)
 
 
 def plan_temperatures(plan: Plan) -> tuple[float, ...]:
@@ -60,12 +54,15 @@ def cache_inputs(
     examples: Sequence[EncodedExample],
 ) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the cached values depend on."""
-    tokens: list[JSONValue] = [[row.example_id, content_hash(row)] for row in examples]
+    # By id: plans that rank the same rows otherwise can share a cache.
+    tokens = ListDigest()
+    for example_id, digest in sorted((row.example_id, content_hash(row)) for row in examples):
+        tokens.add([example_id, digest])
     return {
         **config_keys(config, plan),
         **model_inputs("models.teacher model", teacher),
         "data.train sha256": rows.digest,
-        "data.train tokens sha256": digest_of(tokens),
+        "data.train tokens sha256": tokens.hexdigest(),
     }
 
 
@@ -101,10 +98,11 @@ def cached_teacher(
     teacher: ModelFolder,
     rows: Rows,
     plan: Plan,
-    encoded: Mapping[str, EncodedExample],
+    examples: Sequence[EncodedExample],
 ) -> CachedTeacher:
     """Returns the teacher as its cache answers for it. Collective.
 
+    `examples` are all that training will ask about, in the order of the plan's ranking.
     Raises MissingInputError (66) when there is no finished cache, MismatchError (78) when it was
     made from other inputs or is damaged, ConfigError (64) when top-k cuts off too much.
     """
@@ -112,7 +110,6 @@ def cached_teacher(
     from pocl_dist.teacher.cache import CachedTeacher
     from pocl_dist.teacher.cache_copy import check_undamaged, copy_to_node
 
-    examples = planned_examples(plan, encoded)
     record = run.teacher_cache / "inputs.json"
     is_made = check_made_from(record, cache_inputs(config, rows, plan, teacher, examples))
     if not is_made or not (run.teacher_cache / "summary.json").exists():

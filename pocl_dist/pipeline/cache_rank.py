@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from pocl_dist.config import Config
 from pocl_dist.data.encoding import collate
@@ -44,7 +45,7 @@ def cache_rank(config: Config, run: RunDirectory) -> None:
     started = time.monotonic()
     with lost_peers_named(rank):
         agree_on_setup(config, rank)
-        job = prepare(config, run)
+        job = prepare(config, run, is_read=True)
         agree_on_digest(digest_of(job.inputs), rank, "config, data, model or plan")
         if rank.is_main:
             remove_damage(run)
@@ -66,16 +67,18 @@ def _answer(
     teacher = OnlineTeacher(job.teacher, config, rank, job.settings.num_real_tokens)
     num_open = sum(shard.num_rows for shard in missing)
     progress = RowProgress("cache", len(job.examples), max(0, len(job.examples) - num_open))
-    for first in range(0, len(missing), rank.world_size):
-        is_asked = [row[0] for row in gather_ints([int(stop.is_asked())], rank)]
-        if any(is_asked):
-            raise StoppedError(
-                "stopped on request; what is finished is saved, the same command goes on"
-            )
-        shards = missing[first : first + rank.world_size]
-        _answer_round(teacher, rank, job, shards)
-        if rank.is_main:
-            progress.advance(sum(shard.num_rows for shard in shards))
+    with progress if rank.is_main else nullcontext():
+        for first in range(0, len(missing), rank.world_size):
+            is_asked = [row[0] for row in gather_ints([int(stop.is_asked())], rank)]
+            if any(is_asked):
+                raise StoppedError(
+                    "stopped on request; what is finished is saved, the same command goes on"
+                )
+            shards = missing[first : first + rank.world_size]
+            _answer_round(teacher, rank, job, shards)
+            if rank.is_main:
+                num_tokens = sum(shard.num_tokens("cache") for shard in shards)
+                progress.advance(sum(shard.num_rows for shard in shards), num_tokens)
 
 
 def _answer_round(

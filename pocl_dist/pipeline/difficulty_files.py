@@ -3,7 +3,7 @@
 inputs.json        what the scores are made from; written before the first shard
 shard-00017.parquet  DifficultyRecords, sealed; the number is that of the shard's first batch
 quarantine.jsonl   rows without a finite score, or that cannot be worked on, and why
-ranking.parquet    RankedExamples, easy to hard; written by plan
+ranking.parquet    scores, ranks and fused score of each row, easy to hard; written by plan
 summary.json       counts and means; written last
 """
 
@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pocl_dist.config import Config, select_keys
+from pocl_dist.data.columns import number_array, text_array
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.signals import SIGNALS
 from pocl_dist.errors import DataError, MismatchError
-from pocl_dist.files import JSONValue, atomic_write, digest_of, sha256_file
+from pocl_dist.files import JSONValue, digest_of, sha256_file
 from pocl_dist.models.sources import ModelFolder, model_digest
 from pocl_dist.pipeline import quarantine
 from pocl_dist.pipeline.quarantine import Quarantine
-from pocl_dist.records import DifficultyRecord, JSONRecord, RowFailure
+from pocl_dist.records import DifficultyRecord, RowFailure
 from pocl_dist.shard_files import (
     count_halved,
     damage_of,
@@ -95,60 +98,30 @@ def is_scored(record: DifficultyRecord) -> bool:
 # ------------------------------------------------------------------------------------------ Parquet
 
 
-def _column(kind: str, values: Sequence[object]) -> pa.Array:
-    """Returns an Arrow column from its bytes: made from a list, it would import pandas (0.4 s)."""
-    import numpy as np
-    import pyarrow as pa
-
-    if kind == "str":
-        texts = [str(value).encode() for value in values]
-        offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
-        return pa.StringArray.from_buffers(
-            len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))
-        )
-    dtype, arrow_type = (np.float64, pa.float64()) if kind == "float" else (np.int64, pa.int64())
-    numbers = np.asarray(values, dtype=dtype)
-    return pa.Array.from_buffers(arrow_type, len(numbers), [None, pa.py_buffer(numbers)])
-
-
-def _parquet(columns: Mapping[str, tuple[str, Sequence[object]]]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table({name: _column(kind, values) for name, (kind, values) in columns.items()})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
-
-
-def write_columns(path: Path, columns: Mapping[str, tuple[str, Sequence[object]]]) -> None:
-    """Writes {name: (kind: str, float or int; values)} as a Parquet file, whole or not at all."""
-    data = _parquet(columns)
-    atomic_write(path, lambda handle: handle.write(data))
-
-
-def _columns_of(
-    record_class: type[JSONRecord], records: Sequence[JSONRecord]
-) -> dict[str, tuple[str, Sequence[object]]]:
-    """Returns one column per field."""
-    # Annotations are text here (`from __future__ import annotations` in records.py).
-    kinds = {field.name: str(field.type) for field in fields(record_class)}
-    return {name: (kind, [getattr(r, name) for r in records]) for name, kind in kinds.items()}
-
-
-def write_records(
-    path: Path, record_class: type[JSONRecord], records: Sequence[JSONRecord]
-) -> None:
-    """Writes records as a Parquet file with one column per field."""
-    write_columns(path, _columns_of(record_class, records))
-
-
 def write_difficulty(
     folder: Path, name: str, records: Sequence[DifficultyRecord], num_halved: int
 ) -> None:
-    """Writes a shard of scores and seals it."""
-    data = _parquet(_columns_of(DifficultyRecord, records))
-    write_shard(folder / f"{name}.parquet", data, num_halved)
+    """Writes a shard of scores, a column per field, and seals it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def numbers(name: str, dtype: type[np.number]) -> pa.Array:
+        values = [getattr(record, name) for record in records]
+        return number_array(np.array(values, dtype=dtype))
+
+    buffer = io.BytesIO()
+    pq.write_table(
+        pa.table(
+            {
+                "example_id": text_array(r.example_id for r in records).cast(pa.string()),
+                **{s: numbers(s, np.float64) for s in SIGNALS},
+                "num_response_tokens": numbers("num_response_tokens", np.int64),
+                "answer": text_array(r.answer for r in records).cast(pa.string()),
+            }
+        ),
+        buffer,
+    )
+    write_shard(folder / f"{name}.parquet", buffer.getvalue(), num_halved)
 
 
 def remove_damaged_shards(folder: Path) -> list[str]:
@@ -161,34 +134,39 @@ def count_halved_batches(folder: Path) -> int:
     return count_halved(folder, SHARDS)
 
 
-def read_records(folder: Path) -> list[DifficultyRecord]:
-    """Returns the records of all shards, in the order of their batches.
+def read_shards(
+    folder: Path, columns: Sequence[str] | None = None
+) -> Iterator[tuple[Path, pa.Table]]:
+    """Yields the shards with their scores, all columns or those named, in the order of batches.
 
     Raises MismatchError (78) naming a shard that is not as it was written, DataError (65) for one
-    that holds no scores, or a row twice.
+    that holds no scores.
     """
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
-    records: dict[str, DifficultyRecord] = {}
+    expected = sorted(field.name for field in fields(DifficultyRecord))
     for path in sealed_shards(folder, SHARDS):
         damage = damage_of(path)
         if damage is not None:
             raise MismatchError(f"{damage}; `pocl-dist measure` computes it again")
         try:
-            rows = pq.ParquetFile(path).read().to_pylist()
-            found = [DifficultyRecord.from_json(row) for row in rows]
+            file = pq.ParquetFile(path)
+            found = sorted(file.schema_arrow.names)
+            if found != expected:
+                raise ValueError(f"fields {found} are not {expected}")
+            table = file.read(columns=columns)
         except (ArrowException, ValueError) as error:
             raise DataError(
                 f"{path}: no difficulty scores ({error}); remove it and measure again"
             ) from error
-        for record in found:
-            if record.example_id in records:
-                raise DataError(
-                    f"{path}: row {record.example_id!r} is in another shard too; measure anew"
-                )
-            records[record.example_id] = record
-    return list(records.values())
+        yield path, table
+
+
+def read_records(folder: Path) -> list[DifficultyRecord]:
+    """Returns the records of all shards, in memory; raises as `read_shards` does."""
+    tables = [table for _, table in read_shards(folder)]
+    return [DifficultyRecord.from_json(row) for table in tables for row in table.to_pylist()]
 
 
 # --------------------------------------------------------------------------------------- quarantine

@@ -41,6 +41,7 @@ from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.pipeline.train_step import NotFinite, StepResult, train_step
 from pocl_dist.pipeline.training import Training, prepare_training
 from pocl_dist.records import Stage
+from pocl_dist.trackers.registry import wanted_trackers
 
 
 def distill_rank(config: Config, run: RunDirectory) -> None:
@@ -87,6 +88,7 @@ def _distill(
             f"engine.world_size: {config.engine.world_size}, "
             f"but the launcher started {rank.world_size} ranks"
         )
+    wanted_trackers(config.log)  # refused before anything is loaded
     watchdog.beat("loading", is_bounded=False)
     agree_on_setup(config, rank)
     failpoint("loading")
@@ -214,4 +216,4 @@ def _log_step(
         row["overflow"] = True
     training.record(row)
     if training.rank.is_main:
-        training.display.step(row, len(training.plan.stages))
+        training.display.step(row, instruction.step_in_stage + 1, seconds)

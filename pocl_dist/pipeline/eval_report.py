@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pocl_dist.display.output import say
 from pocl_dist.files import atomic_write_json, atomic_write_text, read_json, read_json_lines
 from pocl_dist.metrics import ScoreSummary, summarise
 
@@ -96,7 +97,7 @@ def write_reports(
         atomic_write_json(folder / name / "report.json", report)
     table = _table(figures, models)
     atomic_write_text(folder / "table.md", table)
-    print(table, end="", flush=True)
+    say(table.rstrip("\n"))
 
 
 def _table(figures: dict[str, dict[str, Figures]], models: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ Everything is kept per model and test set, so a finished pair is not done again:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config, select_keys
@@ -23,13 +23,16 @@ from pocl_dist.models.sources import ModelFolder
 from pocl_dist.pipeline.difficulty_files import model_inputs
 from pocl_dist.pipeline.eval_answers import STUDENT, Pair, remove_shards, write_answers
 from pocl_dist.pipeline.eval_report import write_reports
+from pocl_dist.pipeline.harness import check_harness, run_harness
 from pocl_dist.pipeline.inputs import make_encoder, read_eval_sets, student_source, teacher_source
+from pocl_dist.pipeline.model_card import update_card
 from pocl_dist.pipeline.progress import say
 from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 
 if TYPE_CHECKING:
     from pocl_dist.data.encoding import Encoder
+    from pocl_dist.data.sources import Rows
     from pocl_dist.difficulty.worker import ShardResult, WorkerSettings
     from pocl_dist.pipeline.stop_request import StopRequest
 
@@ -53,16 +56,25 @@ def evaluate(config: Config, run: RunDirectory) -> None:
     """Writes `eval/`: answers and reports of the export, and of the baselines if asked for.
 
     1. refuse answers that were made from other inputs; 2. let each model answer what is missing,
-    all in one Ray session; 3. write the reports. Raises MissingInputError (66) without an export.
+    all in one Ray session; 3. write the reports; 4. run the tasks of the harness, if any; 5. add
+    the scores to the model card. Raises MissingInputError (66) without an export.
     """
     if not (run.export / "config.json").exists():
         raise MissingInputError(
             f"{run.export} holds no exported student: run `pocl-dist distill` first"
         )
+    check_harness(config)
     sets = read_eval_sets(config)
-    if not sets:
+    if sets:
+        _evaluate_sets(config, run, sets)
+    elif not config.evaluate.harness:
         say("evaluate: data.eval names no test set")
-        return
+    if config.evaluate.harness:
+        run_harness(config, run)
+    update_card(run)
+
+
+def _evaluate_sets(config: Config, run: RunDirectory, sets: Mapping[str, Rows]) -> None:
     models = _models(config, run)
     digests = {name: model_inputs(f"{name} model", source) for name, source in models.items()}
     pairs = [

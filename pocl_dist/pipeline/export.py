@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pocl_dist import __version__
-from pocl_dist.config import Config, LoRAConfig
+from pocl_dist.config import LoRAConfig
 from pocl_dist.distributed.checkpoint import WEIGHTS, Checkpoint
 from pocl_dist.failpoints import failpoint
 from pocl_dist.files import (
@@ -23,7 +22,7 @@ from pocl_dist.files import (
 from pocl_dist.models.loading import load_model
 from pocl_dist.models.lora import add_lora, merge_lora
 from pocl_dist.models.sources import MARKER, ModelFolder
-from pocl_dist.records import Stage
+from pocl_dist.pipeline.card_names import FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,70 +68,21 @@ def student_from_checkpoint(
     return cast("PreTrainedModel", model.eval())
 
 
-def _model_card(config: Config, stages: tuple[Stage, ...], step: int) -> str:
-    teacher = config.models.teacher
-    rows = "\n".join(
-        f"| {s.index + 1} | {s.num_examples} | {s.temperature:.3f} | "
-        f"{s.kd_ratio:.3f} | {s.epochs:g} | {s.num_steps} |"
-        for s in stages
-    )
-    method = (
-        "supervised fine-tuning"
-        if teacher is None
-        else f"{config.loss.name} with the POCL curriculum (arXiv 2506.05695)"
-    )
-    if teacher is not None and len(stages) == 1:
-        method = f"{config.loss.name}, plain distillation"
-    student = config.models.student
-    origin = f"`{student.path}`" if student.path else f"layers {student.init_layers} of the teacher"
-    if student.adapter is not None:
-        origin += f" with adapter `{student.adapter}`"
-    if student.lora is not None:
-        method += f", LoRA of rank {student.lora.rank} (merged)"
-    teacher_name = "none" if teacher is None else f"`{teacher.path}`"
-    if teacher is not None and teacher.adapter is not None:
-        teacher_name += f" with adapter `{teacher.adapter}`"
-    return f"""---
-library_name: transformers
-tags: [distillation, pocl]
----
-# Distilled student
-
-- student made from: {origin}
-- teacher: {teacher_name}
-- method: {method}
-- training rows: `{config.data.train}`, template `{config.data.template}`
-- seed {config.seed}, {step} optimizer steps of {config.engine.global_batch_size} rows
-- written by pocl_dist {__version__}
-
-| stage | examples | temperature | KD ratio | epochs | steps |
-|---|---|---|---|---|---|
-{rows}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
-"""
-
-
 def write_export(
     folder: Path,
     source: ModelFolder,
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Checkpoint,
     dtype: torch.dtype,
-    config: Config,
-    stages: tuple[Stage, ...],
+    lora: LoRAConfig | None,
+    card: str,
     made_from: dict[str, JSONValue],
 ) -> None:
     """Writes the export whole or not at all, reads it back, compares every weight. Rank 0 only.
 
     Raises WriteError (exit code 74) before anything is written when the disk is too full.
     """
-    model = student_from_checkpoint(source, checkpoint, dtype, config.models.student.lora)
+    model = student_from_checkpoint(source, checkpoint, dtype, lora)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     expected = dict(model.named_parameters())
@@ -140,7 +90,7 @@ def write_export(
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        atomic_write_text(temporary / "README.md", _model_card(config, stages, checkpoint.step))
+        atomic_write_text(temporary / FILE, card)
         atomic_write_json(temporary / MARKER, made_from)
         written = load_model(ModelFolder(temporary, str(folder), source.trust_remote_code), dtype)
         for name, value in written.named_parameters():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from pocl_dist.config import Config, compare_inputs, select_keys
-from pocl_dist.data.sources import parse_row
+from pocl_dist.data.row_form import parse_row
 from pocl_dist.errors import DataError, MismatchError, MissingInputError
 from pocl_dist.files import (
     JSONValue,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pocl_dist.config import Config
+from pocl_dist.display.output import say
 from pocl_dist.errors import ConfigError
 from pocl_dist.files import JSONValue, atomic_write_json, new_folder
 from pocl_dist.models.sources import MARKER, model_digest
@@ -23,14 +24,11 @@ def init_student(config: Config, run: RunDirectory) -> None:
         "digest.teacher": model_digest(teacher),
     }
     if check_made_from(run.init_student / MARKER, made_from):
-        print(f"init-student: {run.init_student} is there", flush=True)
+        say(f"init-student: {run.init_student} is there")
         return
     from pocl_dist.models.pruning import write_pruned_student  # torch: not before it is needed
 
     with new_folder(run.init_student) as temporary:
         write_pruned_student(teacher, layers, temporary)
         atomic_write_json(temporary / MARKER, made_from)
-    print(
-        f"init-student: kept {len(layers)} layers of {teacher.origin} in {run.init_student}",
-        flush=True,
-    )
+    say(f"init-student: kept {len(layers)} layers of {teacher.origin} in {run.init_student}")

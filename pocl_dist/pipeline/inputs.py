@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config, ModelConfig, StudentConfig, select_keys
+from pocl_dist.data.row_index import index_rows, open_index
 from pocl_dist.data.sets import check_enough
-from pocl_dist.data.sources import Rows, read_rows
+from pocl_dist.data.sources import RowPolicy, Rows, read_rows
+from pocl_dist.display.output import say
 from pocl_dist.errors import RefusedError
 from pocl_dist.files import (
     JSONValue,
@@ -83,20 +85,32 @@ def _read(config: Config, source: str, key: str, limit: int | None) -> Rows:
     )
 
 
-def read_prompts(config: Config) -> Rows:
-    """Returns the rows of `data.train`; raises DataError (65) when there are fewer than stages."""
-    return check_enough(config, _read(config, config.data.train, "data.train", config.data.limit))
+def read_prompts(config: Config, is_read: bool = False) -> Rows:
+    """Returns the rows of `data.train`, which lie below `rows/` and are read one at a time.
+
+    `is_read`: a step before has put them there, and nothing is written; ranks say so, for one
+    process alone writes a file. Raises DataError (65) when there are fewer than stages.
+    """
+    data = config.data
+    policy = RowPolicy(data.limit, data.on_bad_row, data.max_bad_rows)
+    return check_enough(config, _read_big(config, data.train, "data.train", policy, is_read))
 
 
-def read_train(config: Config) -> Rows:
+def read_train(config: Config, is_read: bool = False) -> Rows:
     """Returns the training rows: those of `data.train`, or of `generate` (`data.responses`).
 
-    Raises DataError (65) when there are fewer than stages.
+    As `read_prompts`.
     """
     if config.data.responses == "references":
-        return read_prompts(config)
+        return read_prompts(config, is_read)
     generated = str(generated_data_set(config))
-    return check_enough(config, read_rows(generated, "data.responses"))
+    rows = _read_big(config, generated, "data.responses", RowPolicy(), is_read)
+    return check_enough(config, rows)
+
+
+def _read_big(config: Config, source: str, key: str, policy: RowPolicy, is_read: bool) -> Rows:
+    folder = RunDirectory(Path(config.run_dir)).rows / key
+    return (open_index if is_read else index_rows)(source, key, folder, policy)
 
 
 def read_dev(config: Config) -> Rows | None:
@@ -225,9 +239,8 @@ def encode_all(
     num_prompts = sum(item.is_prompt_cut for item in encoded.values())
     num_responses = sum(item.is_response_cut for item in encoded.values())
     if rank.is_main and num_prompts + num_responses:
-        print(
+        say(
             f"{what}: {num_prompts} prompts and {num_responses} responses cut, "
-            f"of {len(encoded)} rows",
-            flush=True,
+            f"of {len(encoded)} rows"
         )
     return encoded

@@ -11,6 +11,8 @@ from types import FrameType
 from pocl_dist import errors
 from pocl_dist.config import Config
 from pocl_dist.config.shipped import launch_file
+from pocl_dist.display import output
+from pocl_dist.display.output import say
 from pocl_dist.files import read_json
 from pocl_dist.models.sources import MARKER
 from pocl_dist.pipeline.inputs import finished_record
@@ -25,6 +27,8 @@ from pocl_dist.pipeline.stop_request import STOP_SIGNALS, waiting_request
 
 IDLE_STARTS = 3
 """So many starts without a new checkpoint are no bad luck any more."""
+RELAY_SECONDS = 5.0
+"""Some process of another session may hold the ranks' output open."""
 
 
 def is_distilled(config: Config, run: RunDirectory) -> bool:
@@ -40,7 +44,7 @@ def run_ranks(config: Config, run: RunDirectory) -> None:
     unless `IDLE_STARTS` in a row have saved nothing new.
     """
     if is_distilled(config, run):
-        print(f"distill: {run.export} is there", flush=True)
+        say(f"distill: {run.export} is there")
         return
     reached, num_idle = _last_saved(run), 0
     for restart in range(config.run.max_restarts + 1):
@@ -56,10 +60,9 @@ def run_ranks(config: Config, run: RunDirectory) -> None:
                     f"{error}; {num_idle} starts in a row have saved nothing new"
                 ) from error
             reached = saved
-            print(
+            say(
                 f"distill: {error}\ndistill: restart {restart + 1} of {config.run.max_restarts}, "
-                f"from step {max(saved, 0)}",
-                flush=True,
+                f"from step {max(saved, 0)}"
             )
             run.write_status("running", None, "distill")
 
@@ -78,9 +81,11 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
     check_can_start(config)
     file = launch_file(f"{config.launch.ranks_with}.sh")
     command = ["bash", str(file), str((run.root / "config.yaml").resolve())]
+    environment = launch_environment(config, step)
     process = subprocess.Popen(
-        command, env=launch_environment(config, step), start_new_session=True
+        command, env=environment, start_new_session=True, stdout=output.for_child()
     )
+    relayed = output.relay_of(process.stdout)
     earlier = waiting_request()
     received: list[int] = []
 
@@ -94,6 +99,7 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
     before = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
     if earlier is not None and earlier.signal is not None:  # since its last look
         ask_to_stop(earlier.signal, None)
+    code = -1
     try:
         code = process.wait()
     finally:
@@ -101,6 +107,9 @@ def launch_ranks(config: Config, run: RunDirectory, step: str) -> None:
             signal.signal(number, handler)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # whatever the launcher may have left behind
+        relayed.join(RELAY_SECONDS)
+        if code != 0:
+            output.leave_terminal()  # a killed rank leaves its display half drawn
         if received:
             run.stop_file.unlink(missing_ok=True)
             if earlier is not None:  # the ranks may have been done before they saw the file

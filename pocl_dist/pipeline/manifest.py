@@ -27,8 +27,11 @@ from pocl_dist.versions import RUN_FORMAT, versions
 
 MANIFEST_NAME = "manifest.json"
 SEAL_NAME = "manifest.json.sha256"
-# `status.json` has a digest of its own; lock and requests are gone when a run has ended.
-UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control", "launch")
+# The runs of a comparison, which have manifests of their own.
+NESTED = ("shared", "runs")
+# `status.json` and `rows` have digests of their own; `rows` follows the source, also when the run
+# is refused for that. Lock and requests are gone when a run has ended.
+UNSEALED = ("lock", "status.json", MANIFEST_NAME, SEAL_NAME, "control", "launch", "rows", *NESTED)
 
 
 def walk(folder: Path, on_error: Callable[[OSError], None]) -> Iterator[tuple[str, os.stat_result]]:

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
 
 from pocl_dist.config import Config, compare_inputs, select_keys
 from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.curriculum.stages import make_stages, order
+from pocl_dist.data.columns import TextColumn, number_array, take, write_columns
 from pocl_dist.data.sources import Rows
-from pocl_dist.difficulty.fusion import fuse
-from pocl_dist.errors import DataError, MismatchError, MissingInputError
-from pocl_dist.files import JSONValue, atomic_write_json, digest_of, read_json, sha256_file
-from pocl_dist.guards import inside
-from pocl_dist.pipeline.difficulty_files import (
-    config_inputs,
-    read_quarantine,
-    read_records,
-    write_columns,
-    write_records,
-)
+from pocl_dist.difficulty.fusion import Fused, fuse
+from pocl_dist.difficulty.signals import SIGNALS
+from pocl_dist.display.output import show
+from pocl_dist.errors import ConfigError, MismatchError, MissingInputError
+from pocl_dist.files import JSONValue, read_json
+from pocl_dist.pipeline import plan_files
+from pocl_dist.pipeline.difficulty_files import config_inputs, read_quarantine
 from pocl_dist.pipeline.inputs import read_train
+from pocl_dist.pipeline.plan_files import read_plan, write_plan
 from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory
-from pocl_dist.records import DifficultyRecord, Plan, RankedExample, Stage
+from pocl_dist.pipeline.scores import Scores, read_scores, rows_of_scores
+from pocl_dist.records import Plan, Stage
 
-# A longer ranking would make plan.json unreadable; it goes into a Parquet file beside it.
-MAX_RANKING_IN_JSON = 100_000
-RANKING_FILE = "plan-ranking.parquet"
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _INPUT_KEYS = (
     "curriculum.num_stages",
     "curriculum.epochs_per_stage",
@@ -41,6 +42,15 @@ _INPUT_KEYS = (
 )
 
 
+@dataclass(frozen=True)
+class _Ranked:
+    """The scores in the order of ids, what they make of the rows, and the rows' places."""
+
+    scores: Scores
+    fused: Fused
+    rows: np.ndarray
+
+
 def make_plan(config: Config, run: RunDirectory) -> Plan:
     """Writes `plan.json` and returns the plan; one that is there already and fits is kept as it is.
 
@@ -48,15 +58,21 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
     of the training rows, MismatchError (78) when scores or plan were made from other inputs.
     """
     rows = read_train(config)
-    ranked = _ranked_examples(config, run, rows) if needs_difficulty(config) else None
+    ranked = _rank(config, run, rows) if needs_difficulty(config) else None
     inputs = _inputs(config, rows, ranked)
-    easy_to_hard = (
-        list(rows.by_id()) if ranked is None else [example.example_id for example in ranked]
-    )
-    stages = make_stages(len(easy_to_hard), config.curriculum, config.engine.global_batch_size)
+    num_ranked = len(rows.examples) if ranked is None else len(ranked.rows)
+    stages = make_stages(num_ranked, config.curriculum, config.engine.global_batch_size)
+    _check_restarts(config, stages)
     if config.models.teacher is None:  # SFT: cross-entropy alone, in every stage
         stages = tuple(replace(stage, temperature=1.0, kd_ratio=0.0) for stage in stages)
-    plan = Plan(order(easy_to_hard, config.curriculum.ordering, config.seed), stages)
+    places = order(num_ranked, config.curriculum.ordering, config.seed)
+    if ranked is None:
+        ids, in_order = take(rows.ids(), places), places
+    else:
+        by_id = ranked.fused.easy_to_hard[places]
+        ids, in_order = take(ranked.scores.ids, by_id), ranked.rows[by_id]
+    is_long = num_ranked > plan_files.MAX_RANKING_IN_JSON
+    plan = Plan(TextColumn(ids) if is_long else tuple(TextColumn(ids)), stages)
     if run.plan.exists():
         kept = read_plan(run.plan)
         compare_inputs(
@@ -68,10 +84,19 @@ def make_plan(config: Config, run: RunDirectory) -> Plan:
             )
     else:
         if ranked is not None:
-            write_records(run.difficulty / "ranking.parquet", RankedExample, ranked)
-        _write_plan(run.plan, plan, inputs)
+            _write_ranking(run.difficulty / "ranking.parquet", ranked)
+        write_plan(run.plan, plan, in_order, inputs)
     _show(plan, config.engine.global_batch_size)
     return plan
+
+
+def _check_restarts(config: Config, stages: Sequence[Stage]) -> None:
+    late = [step for step in config.optimizer.restart_steps if step >= stages[0].num_steps]
+    if late:
+        raise ConfigError(
+            f"optimizer.restart_steps: {late} are not reached: the stage has "
+            f"{stages[0].num_steps} steps"
+        )
 
 
 def config_keys(config: Config) -> dict[str, JSONValue]:
@@ -85,24 +110,16 @@ def config_keys(config: Config) -> dict[str, JSONValue]:
     return keys
 
 
-def scores_digest(scored: Iterable[DifficultyRecord | RankedExample]) -> str:
-    """Returns a digest of the scores, whatever their order."""
-    rows: list[JSONValue] = [[row.example_id, row.rouge_l, row.cross_entropy] for row in scored]
-    return digest_of(sorted(rows, key=lambda row: str(cast("list[JSONValue]", row)[0])))
-
-
-def _inputs(
-    config: Config, rows: Rows, ranked: Sequence[RankedExample] | None
-) -> dict[str, JSONValue]:
+def _inputs(config: Config, rows: Rows, ranked: _Ranked | None) -> dict[str, JSONValue]:
     """Returns the config keys and digests that the plan depends on."""
     inputs = config_keys(config) | {"data.train sha256": rows.digest}
-    return inputs if ranked is None else inputs | {"difficulty sha256": scores_digest(ranked)}
+    return inputs if ranked is None else inputs | {"difficulty sha256": ranked.scores.digest()}
 
 
 # --------------------------------------------------------------------------------------- the scores
 
 
-def _ranked_examples(config: Config, run: RunDirectory, rows: Rows) -> list[RankedExample]:
+def _rank(config: Config, run: RunDirectory, rows: Rows) -> _Ranked:
     """Returns the training rows ranked, easy to hard; rows without a finite score are left out."""
     record_of_inputs = run.difficulty / "inputs.json"
     if not record_of_inputs.exists():
@@ -115,95 +132,35 @@ def _ranked_examples(config: Config, run: RunDirectory, rows: Rows) -> list[Rank
         expected,
         run.difficulty,
     )
-    records = read_records(run.difficulty)
-    quarantined = read_quarantine(run.difficulty)
-    _check_ids(rows, records, set(quarantined), run.difficulty)
-    if quarantined:
-        say(f"plan: {len(quarantined)} rows have no finite score and are left out")
-    return fuse(records, config.curriculum.rrf_k)
+    scores = read_scores(run.difficulty)
+    rows_of_ids = rows_of_scores(scores, rows, run.difficulty)
+    num_quarantined = len(read_quarantine(run.difficulty))
+    if num_quarantined:
+        say(f"plan: {num_quarantined} rows have no finite score and are left out")
+    fused = fuse(scores.columns, config.curriculum.rrf_k)
+    return _Ranked(scores, fused, rows_of_ids)
 
 
-def _check_ids(
-    rows: Rows, records: Sequence[DifficultyRecord], quarantined: set[str], folder: Path
-) -> None:
-    expected = [name for name in rows.by_id() if name not in quarantined]
-    scored = {record.example_id for record in records}
-    missing = [name for name in expected if name not in scored]
-    extra = sorted(scored - set(expected))
-    if not scored:
-        raise MissingInputError(f"{folder} holds no scores: run `pocl-dist measure` first")
-    if missing or extra:
-        findings = (
-            ("rows of data.train are not scored", missing),
-            ("scored rows are not in data.train", extra),
-        )
-        parts = [
-            f"{len(names)} {what} (first: {', '.join(names[:5])})"
-            for what, names in findings
-            if names
-        ]
-        raise DataError(f"{folder}: {'; '.join(parts)}; run `pocl-dist measure` to the end")
+def _write_ranking(path: Path, ranked: _Ranked) -> None:
+    """Writes what the ranking comes from, easy to hard: scores, ranks (from 1), fused score."""
+    scores, fused = ranked.scores, ranked.fused
 
-
-# -------------------------------------------------------------------------------------- plan.json
-
-
-def _write_plan(path: Path, plan: Plan, inputs: Mapping[str, JSONValue]) -> None:
-    stages = [stage.to_json() for stage in plan.stages]
-    ranking: dict[str, object] = {"ranking": list(plan.ranking)}
-    if len(plan.ranking) > MAX_RANKING_IN_JSON:
-        write_columns(path.with_name(RANKING_FILE), {"example_id": ("str", plan.ranking)})
-        ranking = {
-            "ranking_file": RANKING_FILE,
-            "ranking_sha256": sha256_file(path.with_name(RANKING_FILE)),
-            "num_ranked": len(plan.ranking),
+    def columns_of(part: slice) -> dict[str, pa.Array]:
+        places = fused.easy_to_hard[part]
+        return {
+            "example_id": take(scores.ids, places),
+            **{name: number_array(scores.columns[name][places]) for name in SIGNALS},
+            **{f"rank_{name}": number_array(fused.ranks[name][places]) for name in SIGNALS},
+            "fused_score": number_array(fused.fused_score[places]),
         }
-    value = {"stages": stages, "inputs": dict(inputs), **ranking}
-    atomic_write_json(path, {**value, "digest": digest_of(cast("JSONValue", value))})
 
-
-def _read_ranking(path: Path, value: Mapping[str, JSONValue]) -> tuple[str, ...]:
-    if "ranking" in value:
-        return tuple(map(str, cast("list[JSONValue]", value["ranking"])))
-    import pyarrow.parquet as pq
-
-    file = inside(path.parent, str(value["ranking_file"]), f"{path}: ranking_file")
-    if not file.exists():
-        raise MissingInputError(f"{path}: its ranking_file {file} is missing")
-    if sha256_file(file) != value["ranking_sha256"]:
-        raise MismatchError(f"{file} was changed after the plan was made (sha256 differs)")
-    return tuple(pq.read_table(file).column("example_id").to_pylist())
-
-
-def read_plan(path: Path) -> Plan:
-    """Returns the plan in `plan.json`.
-
-    Raises MissingInputError (66) without one, MismatchError (78) when it was
-    changed after it was made.
-    """
-    if not path.exists():
-        raise MissingInputError(f"{path} does not exist: run `pocl-dist plan` first")
-    try:
-        value = read_json(path)
-        digest = value.pop("digest")
-        if digest_of(value) != digest:
-            raise MismatchError(
-                f"{path} was changed after it was made (its digest differs); plan again"
-            )
-        stages = tuple(
-            Stage.from_json(stage) for stage in cast("list[dict[str, object]]", value["stages"])
-        )
-        ranking = _read_ranking(path, value)
-    except (KeyError, TypeError, ValueError) as error:
-        raise MismatchError(f"{path} is not a plan: {error!r}") from error
-    return Plan(ranking, stages)
+    write_columns(path, len(fused.easy_to_hard), columns_of)
 
 
 # ------------------------------------------------------------------------------------------ display
 
 
 def _show(plan: Plan, global_batch_size: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{len(plan.ranking)} rows in {len(plan.stages)} stages")
@@ -220,7 +177,7 @@ def _show(plan: Plan, global_batch_size: int) -> None:
             str(stage.num_steps),
             f"{visits:.0f}",
         )
-    Console().print(table)
+    show(table)
     visits_per_row = sum(stage.num_examples * stage.epochs for stage in plan.stages) / len(
         plan.ranking
     )

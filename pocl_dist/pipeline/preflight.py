@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pocl_dist.config import Config
 from pocl_dist.config.steps import needs_difficulty
+from pocl_dist.display.output import warn
 from pocl_dist.distributed.rank_rules import check_ranks
 from pocl_dist.models.config_fit import check_layers, check_positions, check_top_k
 from pocl_dist.models.tokenizer_checks import check_head_rows, check_same_tokenizer
+from pocl_dist.pipeline.harness import check_harness
 from pocl_dist.pipeline.inputs import (
     read_dev,
     read_eval_sets,
@@ -18,6 +20,7 @@ from pocl_dist.pipeline.inputs import (
 from pocl_dist.pipeline.rank_launcher import check_can_start
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.server_answers import find_server
+from pocl_dist.trackers.registry import wanted_trackers
 
 
 def check_inputs(config: Config, run: RunDirectory) -> None:
@@ -25,13 +28,12 @@ def check_inputs(config: Config, run: RunDirectory) -> None:
 
     Cheap things first: a bad row is known in milliseconds, a tokenizer takes seconds.
     """
+    wanted_trackers(config.log)
+    check_harness(config)
     train, dev, tests = read_prompts(config), read_dev(config), read_eval_sets(config)
     num_bad = write_quarantine(run, [train, *([dev] if dev else []), *tests.values()])
     if num_bad:
-        print(
-            f"WARNING: {num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}",
-            flush=True,
-        )
+        warn(f"{num_bad} bad rows left out, listed in {run.root / 'quarantine.jsonl'}")
     if config.measure.engine == "server" and needs_difficulty(config):
         find_server(config)
     teacher = teacher_source(config, run)

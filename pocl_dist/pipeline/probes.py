@@ -13,7 +13,7 @@ from types import MappingProxyType
 from pocl_dist.config import Config, load_config
 from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.errors import ConfigError, MismatchError, PoclError
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.resume_rules import records_of
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_format import look_at_run_directory

@@ -10,16 +10,19 @@ from pocl_dist.config.launch_checks import check_fits, check_local
 from pocl_dist.config.shipped import PACKAGE
 from pocl_dist.errors import WorkerError
 from pocl_dist.hosts import check_hosts, check_port_here, chosen_hosts, unreachable
+from pocl_dist.trackers.registry import wanted_trackers
 
 
 def check_can_start(config: Config) -> None:
     """Raises an error when the ranks could not be started; starts nothing.
 
-    ConfigError (64): machines and config do not fit, bad hostfile, too few slots.
+    ConfigError (64): machines and config do not fit, bad hostfile, too few slots; a tracker that is
+    not installed.
     MissingInputError (66): no hostfile; a host that sees other files. UnavailableError (69): a host
     is not reachable, asks for a password, or the port of rank 0 is in use.
     """
     launch = config.launch
+    wanted_trackers(config.log)
     if launch.ranks_with == "local":
         check_local(config)
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from pocl_dist.config import Config
+from pocl_dist.display.output import make_console
 from pocl_dist.errors import MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text
 from pocl_dist.pipeline.progress import say, warn
@@ -46,10 +47,9 @@ def report(config: Config, run: RunDirectory) -> None:
 
 
 def _print(value: dict[str, JSONValue]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = make_console()
     stages = Table(
         "stage", "steps", "loss, first epoch", "loss, last epoch", "dev", title="Training"
     )

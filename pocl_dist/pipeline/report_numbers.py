@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import cast
 
 from pocl_dist.files import JSONValue, read_json, read_json_lines
+from pocl_dist.pipeline.harness import read_results
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 # The curriculum's own cost; everything else would be there without it.
@@ -65,8 +66,11 @@ def results(run: RunDirectory) -> dict[str, JSONValue]:
     """Returns what the report says of training and test sets: a function of their files."""
     evals = {path.parent.name: read_json(path) for path in sorted(run.eval.glob("*/report.json"))}
     metrics = read_json_lines(run.metrics)
-    return {
+    found: dict[str, JSONValue] = {
         "stages": _stage_rows(metrics),
         "quarters": cast("JSONValue", quarter_rows(metrics)),
         "eval": cast("JSONValue", evals),
     }
+    if harness := read_results(run):
+        found["harness"] = harness
+    return found

@@ -24,6 +24,7 @@ _SPEED = "speed and waiting only"
 _ROWS = "what counts is which rows come out: their digest is compared"
 _FAULTS = "the next step that is not finite is treated by the new rule"
 _SHOWN = "what is shown and kept besides the result"
+_TRACKED = "a tracker that has the run goes on with it, others begin one"
 
 FREE: Mapping[str, str] = MappingProxyType(
     {
@@ -76,8 +77,15 @@ FREE: Mapping[str, str] = MappingProxyType(
         "run.max_wallclock_minutes": "a rule for this attempt",
         "run.scratch_dir": _SPEED,
         "run.max_restarts": "a rule for this attempt",
-        "log.tensorboard": _SHOWN,
+        "evaluate.harness": "other tasks are done too; changed ones are refused",
+        "log.output": _SHOWN,
         "log.every": _SHOWN,
+        "log.trackers": _SHOWN,
+        "log.project": _TRACKED,
+        "log.run_name": _TRACKED,
+        "log.wandb_mode": _SHOWN,
+        "log.mlflow_uri": _TRACKED,
+        "log.trackio_space": _TRACKED,
         "launch": "where it is computed, and who starts it (to rounding)",
     }
 )

@@ -15,6 +15,7 @@ from pocl_dist.distributed.collectives import broadcast_floats
 from pocl_dist.distributed.parameters import set_weight
 from pocl_dist.files import JSONValue
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
+from pocl_dist.on_policy.replay_buffer import stored_ids
 from pocl_dist.pipeline.save import finish_save
 from pocl_dist.pipeline.training import Training, progress_of
 
@@ -49,7 +50,8 @@ def go_back(training: Training, step: int) -> None:
     restore_optimizer(engine, checkpoint)
     if training.policy is not None:
         state = cast("dict[str, JSONValue]", checkpoint.state["policy"])
-        training.policy.restore(state, dict(checkpoint.tensors(REPLAY)), training.encoded)
+        tensors = dict(checkpoint.tensors(REPLAY))
+        training.policy.restore(state, tensors, training.examples.of_ids(stored_ids(tensors)))
     coordinator.go_back(progress_of(checkpoint))
     training.record(
         {

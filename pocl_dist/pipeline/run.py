@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pocl_dist.config import Config, steps
+from pocl_dist.config import Config
+from pocl_dist.config import steps as config_steps
+from pocl_dist.display.output import emit, mode, say
 from pocl_dist.errors import StoppedError
 from pocl_dist.pipeline.cache import cache
 from pocl_dist.pipeline.evaluate import evaluate
@@ -30,7 +32,7 @@ def steps_of(config: Config) -> list[tuple[str, Step]]:
         "evaluate": evaluate,
         "report": report,
     }
-    return [(name, functions[name]) for name in steps.steps_of(config)]
+    return [(name, functions[name]) for name in config_steps.steps_of(config)]
 
 
 def run_all(config: Config, run: RunDirectory) -> None:
@@ -38,10 +40,13 @@ def run_all(config: Config, run: RunDirectory) -> None:
 
     A signal that a step does not act on itself ends the run (75) before the next step.
     """
+    steps = steps_of(config)
     with StopRequest(run, config.run.max_wallclock_minutes).installed() as stop:
         check_inputs(config, run)
-        for name, step in steps_of(config):
+        for number, (name, step) in enumerate(steps, start=1):
             if stop.is_asked():
                 raise StoppedError(f"stopped before {name}; the same command goes on from there")
-            print(f"── {name}", flush=True)
+            emit("phase", phase=name, number=number, of=len(steps))
+            if mode() != "json":
+                say(f"== {number}/{len(steps)} {name}")
             run_step(name, step, config, run)

@@ -43,6 +43,11 @@ class RunDirectory:
     root: Path
 
     @property
+    def rows(self) -> Path:
+        """The training rows as they were read, a folder for each source; made anew at need."""
+        return self.root / "rows"
+
+    @property
     def difficulty(self) -> Path:
         """Scores of the student before training, one Parquet file per shard."""
         return self.root / "difficulty"

@@ -24,6 +24,7 @@ FILES = (
     "timings.json",
     "models.json",
     "quarantine.jsonl",
+    "rows/*",
     "init_student/*",
     "generated/*",
     "difficulty/*",
@@ -33,11 +34,17 @@ FILES = (
     "checkpoints/*",
     "nonfinite/*",
     "metrics.jsonl",
-    "tensorboard/*",
+    "trackers/*",
     "export/*",
     "eval/*",
     "report.json",
     "report.html",
+    "shared/*",
+    "shared.yaml",
+    "shared.log",
+    "runs/*",
+    "comparison.json",
+    "comparison.md",
 )
 """All that a run writes into its directory (`*`: anything below); scratch lies elsewhere."""
 

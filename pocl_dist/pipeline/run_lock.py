@@ -188,7 +188,8 @@ def run_lock(root: Path) -> Iterator[int]:
     keeper = threading.Thread(target=_keep_alive, args=(path, attempt, is_over), daemon=True)
     keeper.start()
     try:
-        with guarded(root, partial(check_not_fenced, root)):
+        # By number: inside a lock of another run the environment names that one's attempt.
+        with guarded(root, partial(_check_attempt, root, attempt)):
             yield attempt
     finally:
         is_over.set()
@@ -223,10 +224,13 @@ def check_not_fenced(root: Path) -> None:
     Without an attempt number in the environment (a library user without lock) nothing is checked.
     """
     own = os.environ.get(ATTEMPT_VARIABLE)
-    if own is None:
-        return
+    if own is not None:
+        _check_attempt(root, int(own))
+
+
+def _check_attempt(root: Path, own: int) -> None:
     held = _holder(root / "lock")
-    if _number(held) != int(own):
+    if _number(held) != own:
         now = f"attempt {_number(held)} has it" if held else "nobody holds its lock"
         raise WorkerError(
             f"{root}: this is attempt {own}, and {now}; nothing was written, so that two runs "

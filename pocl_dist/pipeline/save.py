@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from pocl_dist.display.output import say
 from pocl_dist.distributed.checkpoint import (
     committed_steps,
     find_checkpoint,
@@ -23,6 +24,7 @@ from pocl_dist.distributed.process_group import torch_dtype
 from pocl_dist.files import JSONValue, digest_of
 from pocl_dist.pipeline.export import write_export
 from pocl_dist.pipeline.inputs import finished_record
+from pocl_dist.pipeline.model_card import model_card
 from pocl_dist.pipeline.run_directory import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
@@ -184,9 +186,16 @@ def export(training: Training) -> None:
             training.tokenizer,
             checkpoint,
             dtype,
-            config,
-            training.plan.stages,
+            config.models.student.lora,
+            model_card(
+                config,
+                run,
+                training.plan.stages,
+                training.inputs,
+                checkpoint.step,
+                training.student.folder,
+            ),
             finished_record(config, run),
         )
-        print(f"exported step {checkpoint.step} to {run.export}", flush=True)
+        say(f"exported step {checkpoint.step} to {run.export}")
     barrier(rank)

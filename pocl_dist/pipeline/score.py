@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocl_dist.data.sources import parse_line, read_rows
+from pocl_dist.data.row_form import parse_line
+from pocl_dist.data.sources import read_rows
 from pocl_dist.errors import DataError, MissingInputError
 from pocl_dist.metrics import ScoreSummary, score_answers
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.server import Server, ServerPrompt, ask, check_reachable
 from pocl_dist.difficulty.server_pool import ask_all
-from pocl_dist.difficulty.work import WorkBatch, WorkShard, make_shards
+from pocl_dist.difficulty.work import WorkShard
 from pocl_dist.errors import ConfigError, MismatchError, StoppedError
 from pocl_dist.pipeline.answer_files import AnswerFiles
 from pocl_dist.pipeline.progress import RowProgress, say
@@ -53,43 +52,39 @@ def find_server(config: Config) -> Server:
     return server
 
 
-def with_answers(
-    config: Config, run: RunDirectory, batches: Sequence[WorkBatch], rows: Rows, server: Server
-) -> list[WorkBatch]:
-    """Returns the batches with the server's answers; asks for those that no file holds.
+def server_answers(
+    config: Config, run: RunDirectory, shards: Mapping[str, WorkShard], rows: Rows, server: Server
+) -> dict[str, str]:
+    """Returns {example id: the server's answer} of all shards; asks for what no file holds.
 
     1. turn prompts into what the server takes; 2. ask for one token, which tells a wrong model
     name, a form of prompt it does not take, or drift; 3. ask for the rest, a shard at a time.
-    Raises StoppedError (75) on request; the shards that are complete are saved.
+    All rows and answers are held in memory. Raises StoppedError (75) on request; the shards that
+    are complete are saved.
     """
     from pocl_dist.models.loading import load_tokenizer
     from pocl_dist.pipeline.actor_pass import stop_request
     from pocl_dist.pipeline.inputs import student_source
 
     known = _files(run).read()
-    shards = [
-        shard
-        for shard in make_shards(batches, config.ray.shard_size)
-        if any(row.example_id not in known for batch in shard.batches for row in batch.examples)
-    ]
-    if shards:
+    unknown: dict[str, list[EncodedExample]] = {}
+    for name, shard in shards.items():
+        of_shard = [row for batch in shard.batches for row in batch.examples]
+        if any(row.example_id not in known for row in of_shard):
+            unknown[name] = of_shard
+    if unknown:
         examples = rows.by_id()
         tokenizer = load_tokenizer(student_source(config, run))
         prompts = {
-            shard.name: [
-                make_prompt(config, examples[row.example_id], row, tokenizer)
-                for batch in shard.batches
-                for row in batch.examples
+            name: [
+                make_prompt(config, examples[row.example_id], row, tokenizer) for row in of_shard
             ]
-            for shard in shards
+            for name, of_shard in unknown.items()
         }
-        ask(server, prompts[shards[0].name][0], 1)
+        ask(server, next(iter(prompts.values()))[0], 1)
         with stop_request(run, config.run.max_wallclock_minutes) as stop:
-            known |= _ask_all(config, run, stop, server, shards, prompts)
-    return [
-        replace(batch, answers=tuple(known[row.example_id] for row in batch.examples))
-        for batch in batches
-    ]
+            known |= _ask_all(config, run, stop, server, prompts)
+    return known
 
 
 def _files(run: RunDirectory) -> AnswerFiles:
@@ -133,7 +128,6 @@ def _ask_all(
     run: RunDirectory,
     stop: StopRequest,
     server: Server,
-    shards: Sequence[WorkShard],
     prompts: Mapping[str, Sequence[ServerPrompt]],
 ) -> dict[str, str]:
     """Returns {example id: answer} of all shards; each is saved as soon as it is complete."""

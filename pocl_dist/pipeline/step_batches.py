@@ -31,7 +31,7 @@ def sampler_of(training: Training, stage_index: int) -> StageSampler:
 def global_batch(training: Training, instruction: Instruction) -> list[EncodedExample]:
     """Returns the examples of the step, those of all ranks, the same on every rank."""
     positions = sampler_of(training, instruction.stage).batch(instruction.step_in_stage)
-    return [training.encoded[training.plan.ranking[position]] for position in positions]
+    return [training.examples[position] for position in positions]
 
 
 def micro_batches(training: Training, examples: Sequence[EncodedExample]) -> list[Batch]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from pocl_dist.display.output import leave_terminal
 from pocl_dist.pipeline.run_directory import RunDirectory
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -96,6 +97,7 @@ class StopRequest:
         # Ctrl-C on a terminal reaches every process of the group, and a launcher may repeat it as
         # SIGTERM: only the same signal given twice means "now".
         if self._signal == number:
+            leave_terminal()
             os._exit(128 + number)
         self._signal = self._signal or number
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from pocl_dist.config import Config
 from pocl_dist.curriculum.coordinator import Coordinator, Progress
+from pocl_dist.display.output import say
+from pocl_dist.display.training import TrainingDisplay
 from pocl_dist.distributed.checkpoint import (
     Checkpoint,
     agree_on_digest,
     find_checkpoint,
 )
 from pocl_dist.distributed.checkpoint_write import CheckpointWriter
-from pocl_dist.distributed.collectives import barrier
+from pocl_dist.distributed.collectives import barrier, on_any_rank
 from pocl_dist.distributed.engine import num_micro_batches
 from pocl_dist.distributed.process_group import Rank, torch_dtype
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of
@@ -24,27 +26,30 @@ from pocl_dist.models.sources import model_digest
 from pocl_dist.models.tokenizer_checks import check_same_tokenizer
 from pocl_dist.on_policy.policy import OnPolicy
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
+from pocl_dist.on_policy.replay_buffer import stored_ids
 from pocl_dist.pipeline.cache_inputs import cached_teacher
 from pocl_dist.pipeline.inputs import (
     encode_all,
+    make_encoder,
     read_dev,
     read_train,
     result_inputs,
     student_source,
     teacher_source,
 )
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.plan_files import plan_digest, ranked_rows, read_plan
 from pocl_dist.pipeline.quarter_rows import quarter_rows
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.run_lock import check_not_fenced
 from pocl_dist.pipeline.status import TrainingStatus
 from pocl_dist.pipeline.student import StudentWithLoss
 from pocl_dist.pipeline.student_engine import student_engine
+from pocl_dist.pipeline.train_rows import EncodedRows, check_rows
 from pocl_dist.records import EncodedExample, Example, Plan
-from pocl_dist.run_log import MetricsLog, TrainingDisplay, numbers_of
+from pocl_dist.run_log import MetricsLog
 from pocl_dist.teacher.base import Teacher
 from pocl_dist.teacher.online import OnlineTeacher
-from pocl_dist.trackers import open_trackers
+from pocl_dist.trackers.sender import Trackers
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -63,7 +68,7 @@ class Training:
     rank: Rank
     plan: Plan
     inputs: dict[str, JSONValue]  # config keys and digests that the result depends on
-    encoded: dict[str, EncodedExample]
+    examples: EncodedRows  # in the order of the ranking
     dev_rows: list[tuple[Example, EncodedExample]]
     quarters: list[list[tuple[Example, EncodedExample]]]  # training rows, easy to hard; or none
     student: ModelFolder
@@ -74,6 +79,7 @@ class Training:
     policy: OnPolicy | None  # None: the references are trained on
     writer: CheckpointWriter
     log: MetricsLog | None  # rank 0 writes, the others do not
+    trackers: Trackers | None
     display: TrainingDisplay
     saved_at_seconds: float = field(default_factory=time.monotonic)
     save_under_way: SaveUnderWay | None = None
@@ -95,8 +101,8 @@ class Training:
         if self.log is None:
             return
         self.log.write(row)
-        for tracker in self.trackers:
-            tracker.log(str(row["kind"]), int(cast("int", row["step"])), numbers_of(row))
+        if self.trackers is not None:
+            self.trackers.send(row)
 
     def tell_status(self) -> None:
         """Writes to `status.json` how far training is, on rank 0."""
@@ -114,18 +120,13 @@ class Training:
         )
         self.run.write_status("running", None, "distill", training=status)
 
-    def __post_init__(self) -> None:
-        folder, step = self.run.root, self.coordinator.progress.step
-        self.trackers = (
-            open_trackers(self.config.log.tensorboard, folder, step) if self.rank.is_main else []
-        )
-
     def close(self) -> None:
-        """Closes the log and the trackers."""
+        """Closes the log and the trackers. Collective: who left first would have all ended."""
         if self.log is not None:
             self.log.close()
-        for tracker in self.trackers:
-            tracker.close()
+        if self.trackers is not None:
+            self.trackers.close()
+        barrier(self.rank)
 
 
 def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
@@ -134,48 +135,51 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         config.engine.global_batch_size, rank.world_size, config.engine.micro_batch_size
     )
     plan = read_plan(run.plan)
-    rows, dev = read_train(config), read_dev(config)
+    rows, dev = read_train(config, is_read=True), read_dev(config)
     student, teacher_folder = student_source(config, run), teacher_source(config, run)
     tokenizer = load_tokenizer(student)
     if teacher_folder is not None:
         check_same_tokenizer(load_tokenizer(teacher_folder), tokenizer)
     inputs = _inputs(config, plan, rows.digest, student, teacher_folder, tokenizer)
     agree_on_digest(digest_of(inputs), rank, "config, data, model or plan")
+    examples = EncodedRows(rows, make_encoder(config, tokenizer), ranked_rows(plan, rows))
     record = run.checkpoints / "inputs.json"
-    if not check_made_from(record, inputs) and rank.is_main:
-        atomic_write_json(record, inputs)
+    if on_any_rank(not check_made_from(record, inputs), rank):
+        check_rows(examples, rank)  # an attempt that was resumed has done so
+        if rank.is_main:
+            atomic_write_json(record, inputs)
     barrier(rank)
 
     checkpoint = find_checkpoint(run.checkpoints, rank, digest_of(inputs), config.resume.on_damage)
     writer = CheckpointWriter(run.checkpoints, rank, lambda: check_not_fenced(run.root))
-    encoded = encode_all(rows.examples, tokenizer, config, "train", rank)
-    quarters = quarter_rows(config, run, plan, rows.examples, encoded, rank)
+    quarters = quarter_rows(config, run, examples, rank)
     coordinator = Coordinator(
         plan.stages, config, rank, has_dev=dev is not None, has_quarters=bool(quarters)
     )
-    policy = _policy(config, plan, encoded, rank, checkpoint)
+    policy = _policy(config, plan, examples, rank, checkpoint)
     if checkpoint is not None:
         coordinator.progress = progress_of(checkpoint)
     teacher: Teacher | None = None
     if policy is None and not any(stage.kd_ratio > 0 for stage in plan.stages):
         teacher_folder = None  # nothing will be asked of it
     if teacher_folder is not None and config.teacher.source != "online":
-        teacher = cached_teacher(config, run, rank, teacher_folder, rows, plan, encoded)
+        teacher = cached_teacher(config, run, rank, teacher_folder, rows, plan, examples)
     engine = student_engine(config, rank, student, tokenizer, checkpoint)
     if teacher_folder is not None and config.teacher.source == "online":
         teacher = OnlineTeacher(teacher_folder, config, rank, len(tokenizer))
     dev_rows = [] if dev is None else _with_tokens(dev.examples, tokenizer, config, rank)
     resume_step = -1 if checkpoint is None else checkpoint.step
-    display = TrainingDisplay(sum(stage.num_steps for stage in plan.stages), config.log.every)
+    display = TrainingDisplay([stage.num_steps for stage in plan.stages], config.log.every)
     if rank.is_main:
         _say_start(config, rank, checkpoint)
+    log = _log(run, resume_step, coordinator.progress) if rank.is_main else None
     return Training(
         config=config,
         run=run,
         rank=rank,
         plan=plan,
         inputs=inputs,
-        encoded=encoded,
+        examples=examples,
         dev_rows=dev_rows,
         quarters=quarters,
         student=student,
@@ -185,7 +189,8 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         coordinator=coordinator,
         policy=policy,
         writer=writer,
-        log=_log(run, resume_step, coordinator.progress) if rank.is_main else None,
+        log=log,
+        trackers=Trackers(config, run.root, resume_step, log.written_before) if log else None,
         display=display,
     )
 
@@ -214,22 +219,21 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
 def _say_start(config: Config, rank: Rank, checkpoint: Checkpoint | None) -> None:
     engine = config.engine
     if checkpoint is not None:
-        print(f"resumed from {checkpoint.folder} (step {checkpoint.step})", flush=True)
+        say(f"resumed from {checkpoint.folder} (step {checkpoint.step})")
     num_batches = num_micro_batches(
         engine.global_batch_size, rank.world_size, engine.micro_batch_size
     )
-    print(
+    say(
         f"distill: {rank.world_size} rank(s) on {rank.device.type}, ZeRO stage "
         f"{engine.zero_stage}, {torch_dtype(engine.dtype, rank.device)}, from {num_batches} "
-        f"micro-batch(es) of at most {engine.micro_batch_size} rows per rank and step",
-        flush=True,
+        f"micro-batch(es) of at most {engine.micro_batch_size} rows per rank and step"
     )
 
 
 def _policy(
     config: Config,
     plan: Plan,
-    encoded: Mapping[str, EncodedExample],
+    examples: EncodedRows,
     rank: Rank,
     checkpoint: Checkpoint | None,
 ) -> OnPolicy | None:
@@ -238,12 +242,12 @@ def _policy(
     policy = OnPolicy(config, sum(stage.num_steps for stage in plan.stages), rank)
     if checkpoint is not None:
         state = cast("dict[str, JSONValue]", checkpoint.state["policy"])
-        policy.restore(state, dict(checkpoint.tensors(REPLAY)), encoded)
+        tensors = dict(checkpoint.tensors(REPLAY))
+        policy.restore(state, tensors, examples.of_ids(stored_ids(tensors)))
     if rank.is_main:
-        print(
+        say(
             f"policy {config.policy.mode}: steps on the student's own answers use the divergence "
-            "alone (KD ratio 1, whatever curriculum.kd_ratio says)",
-            flush=True,
+            "alone (KD ratio 1, whatever curriculum.kd_ratio says)"
         )
     return policy
 
@@ -256,11 +260,10 @@ def _inputs(
     teacher: ModelFolder | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, JSONValue]:
-    stages = [stage.to_json() for stage in plan.stages]
     return {
         **result_inputs(config),
         "digest.data": data_digest,
-        "digest.plan": digest_of(cast("JSONValue", [list(plan.ranking), stages])),
+        "digest.plan": plan_digest(plan),
         "digest.student": model_digest(student),
         "digest.teacher": None if teacher is None else model_digest(teacher),
         "digest.tokenizer": tokenizer_digest(tokenizer),

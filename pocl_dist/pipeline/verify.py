@@ -12,8 +12,10 @@ from pathlib import Path
 
 from pocl_dist.errors import MismatchError, MissingInputError
 from pocl_dist.files import sha256_file
+from pocl_dist.pipeline.comparison.nested import nested_findings
 from pocl_dist.pipeline.manifest import (
     MANIFEST_NAME,
+    NESTED,
     SEAL_NAME,
     is_temporary,
     is_unsealed,
@@ -42,6 +44,8 @@ def _read_contents(root: Path) -> Contents:
         contents.findings.append(f"{error.filename}: cannot be read: {error.strerror}")
 
     for name, found in walk(root, note):
+        if name.split("/")[0] in NESTED:
+            continue  # `nested_findings` looks there
         if stat.S_ISLNK(found.st_mode):
             target = (root / name).resolve()
             leaves = "" if target.is_relative_to(root.resolve()) else " that leaves the folder"
@@ -133,7 +137,8 @@ def find_changes(root: Path) -> list[str]:
         findings += [*_seal_findings(root), *_listed_findings(root, contents)]
     except OSError as error:
         findings.append(f"{error.filename}: cannot be read: {error.strerror}")
-    return list(dict.fromkeys([*findings, *chain_findings(root, contents.sha256)]))
+    findings += [*chain_findings(root, contents.sha256), *nested_findings(root, find_changes)]
+    return list(dict.fromkeys(findings))
 
 
 def verify(root: Path) -> None:

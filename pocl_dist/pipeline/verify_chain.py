@@ -14,6 +14,7 @@ from typing import cast
 
 from pocl_dist.config import load_config
 from pocl_dist.config.steps import needs_difficulty
+from pocl_dist.data.row_index import damaged_files
 from pocl_dist.data.sources import read_rows
 from pocl_dist.errors import PoclError
 from pocl_dist.pipeline import (
@@ -21,9 +22,11 @@ from pocl_dist.pipeline import (
     difficulty_files,
     generated_files,
     plan,
+    plan_files,
     verify_result,
 )
 from pocl_dist.pipeline.run_directory import RunDirectory
+from pocl_dist.pipeline.scores import read_scores
 from pocl_dist.pipeline.verify_records import Chain, Record, differing, same
 from pocl_dist.teacher.cache_files import HEAD, read_entry
 
@@ -37,6 +40,15 @@ def _shards(chain: Chain) -> Iterator[str]:
             yield f"{shard}: is not what {seal} says"
 
 
+def _rows(chain: Chain) -> Iterator[str]:
+    def sha256_of(path: Path) -> str:
+        return chain.sha256.get(path.relative_to(chain.run.root).as_posix(), "")
+
+    for name in sorted({name.split("/")[1] for name in chain.names("rows/")}):
+        for path in damaged_files(chain.run.rows / name, sha256_of):
+            yield f"{path.relative_to(chain.run.root).as_posix()}: is not what was written"
+
+
 def difficulty(chain: Chain) -> Iterator[str]:
     name = "difficulty/inputs.json"
     if name in chain.sha256 and needs_difficulty(chain.config):
@@ -47,13 +59,12 @@ def difficulty(chain: Chain) -> Iterator[str]:
 def _plan(chain: Chain) -> Iterator[str]:
     if "plan.json" not in chain.sha256:
         return
-    plan.read_plan(chain.run.plan)  # its digest, and the ranking beside it
+    plan_files.read_plan(chain.run.plan)  # its digest, and the ranking beside it
     inputs = cast("Record", chain.record("plan.json")["inputs"])
     yield from differing("plan.json", inputs, plan.config_keys(chain.config), "config.yaml")
     if not needs_difficulty(chain.config):
         return
-    records = difficulty_files.read_records(chain.run.difficulty)
-    if inputs.get("difficulty sha256") != plan.scores_digest(records):
+    if inputs.get("difficulty sha256") != read_scores(chain.run.difficulty).digest():
         yield "plan.json: was made from other scores than those in difficulty/"
     key, source = "data.train sha256", "difficulty/inputs.json"
     yield same("plan.json", key, inputs, source, key, chain.record(source))
@@ -89,7 +100,7 @@ def _cache(chain: Chain) -> Iterator[str]:
     name = "teacher_cache/inputs.json"
     if name not in chain.sha256 or not chain.config.teacher.source.startswith("cache_"):
         return
-    expected = cache_inputs.config_keys(chain.config, plan.read_plan(chain.run.plan))
+    expected = cache_inputs.config_keys(chain.config, plan_files.read_plan(chain.run.plan))
     yield from differing(name, chain.record(name), expected, "config.yaml and plan.json")
     inputs, key = cast("Record", chain.record("plan.json")["inputs"]), "data.train sha256"
     yield same(name, key, chain.record(name), "plan.json", key, inputs)
@@ -97,6 +108,7 @@ def _cache(chain: Chain) -> Iterator[str]:
 
 _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
     ("shards", _shards),
+    ("rows", _rows),
     ("difficulty", difficulty),
     ("plan.json", _plan),
     ("generated", _generated),
@@ -107,6 +119,7 @@ _LINKS: tuple[tuple[str, Callable[[Chain], Iterator[str]]], ...] = (
     ("init_student", verify_result.init_student),
     ("export", verify_result.export),
     ("eval", verify_result.eval),
+    ("eval/harness", verify_result.harness),
     ("report.json", verify_result.report),
 )
 

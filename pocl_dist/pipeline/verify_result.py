@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import cast
 
 from pocl_dist.config.steps import needs_difficulty
-from pocl_dist.files import JSONValue, digest_of
+from pocl_dist.files import JSONValue
 from pocl_dist.models.sources import MARKER, ModelFolder, model_digest
-from pocl_dist.pipeline import evaluate, plan
+from pocl_dist.pipeline import evaluate
+from pocl_dist.pipeline.harness import config_inputs
 from pocl_dist.pipeline.inputs import result_inputs
+from pocl_dist.pipeline.plan_files import plan_digest, read_plan
 from pocl_dist.pipeline.report_numbers import results
 from pocl_dist.pipeline.verify_records import Chain, Record, differing, same
 
@@ -24,9 +26,7 @@ def checkpoints(chain: Chain) -> Iterator[str]:
     record = chain.record(name)
     if record:
         yield from differing(name, record, result_inputs(chain.config), "config.yaml")
-        made = plan.read_plan(chain.run.plan)
-        stages = [stage.to_json() for stage in made.stages]
-        if record.get("digest.plan") != digest_of(cast("JSONValue", [list(made.ranking), stages])):
+        if record.get("digest.plan") != plan_digest(read_plan(chain.run.plan)):
             yield f"{name}: digest.plan is not that of plan.json"
         inputs = cast("Record", chain.record("plan.json")["inputs"])
         yield same(name, "digest.data", record, "plan.json", "data.train sha256", inputs)
@@ -120,6 +120,14 @@ def eval(chain: Chain) -> Iterator[str]:
             yield f"{name}: is of another model than export/"
 
 
+def harness(chain: Chain) -> Iterator[str]:
+    """Figures of the harness: of this export, and of this config."""
+    for name in chain.names("eval/harness/task-", ".json"):
+        expected = config_inputs(chain.config)
+        expected["model"] = model_digest(ModelFolder(chain.run.export, "export"))
+        yield from differing(name, chain.record(name), expected, "config.yaml, or of the model, ")
+
+
 def report(chain: Chain) -> Iterator[str]:
     """The figures of report.json are those of the files that it sums up."""
     record = chain.record("report.json")
@@ -128,6 +136,8 @@ def report(chain: Chain) -> Iterator[str]:
     expected = results(chain.run)
     evals, theirs = (cast("Record", value["eval"]) for value in (record, expected))
     stale = [name for name in evals if evals[name] != theirs.get(name)]
+    if record.get("harness", {}) != expected.get("harness", {}):
+        yield "report.json: is not about eval/harness/ as it is; run `pocl-dist report`"
     if any(record[key] != expected[key] for key in ("stages", "quarters") if key in record):
         yield "report.json: is not about metrics.jsonl as it is; run `pocl-dist report`"
     for name in stale:

@@ -53,6 +53,10 @@ class CacheShard:
         """Returns its rows in the order in which their positions are stored."""
         return tuple(example for batch in self.batches for example in batch.asked)
 
+    def num_tokens(self, method: str) -> int:
+        """Returns the tokens of its rows."""
+        return sum(len(example.token_ids) for example in self.examples)
+
     @property
     def num_rows(self) -> int:
         """Returns the rows of all its batches."""

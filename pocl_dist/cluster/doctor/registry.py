@@ -32,6 +32,12 @@ _SOFTWARE = (
         "The step that needs it cannot start.", "pip install -c constraints.txt pocl_dist",
     ),
     Check(
+        "extras", "Software", "packages of the trackers and of the harness, if asked for", (64,),
+        software.extras,
+        "A run refuses to start without them.",
+        "pip install 'pocl_dist[track]', or 'pocl_dist[harness]'",
+    ),
+    Check(
         "compiler", "Software", "g++ and ninja, for the loss on CPUs and DeepSpeed's ops", (70,),
         software.compiler,
         "The op is built when the ranks start, and cannot be.",

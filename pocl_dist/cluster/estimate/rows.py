@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pocl_dist.cluster.estimate.model_files import config_file
 from pocl_dist.cluster.estimate.workload import RowLength, Workload
 from pocl_dist.config import Config
-from pocl_dist.data.sources import parse_line, parse_row
+from pocl_dist.data.row_form import parse_line, parse_row
 from pocl_dist.errors import DataError, MissingInputError, UsageError
 from pocl_dist.files import package_file
 

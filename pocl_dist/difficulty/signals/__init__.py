@@ -1,8 +1,8 @@
 """Difficulty signals: one file each.
 
 To add one: (1) a file here with a `SIGNAL` (name, direction, how to compute it); (2) an entry in
-SIGNALS below; (3) fields of its name in `records.DifficultyRecord` and, with its `rank_`, in
-`RankedExample`. The worker then computes it, fusion ranks by it, and the tests find it.
+SIGNALS below; (3) a field of its name in `records.DifficultyRecord`. The worker then computes it,
+fusion ranks by it, plan writes it and its `rank_` beside the ranking, and the tests find it.
 """
 
 from pocl_dist.difficulty.signals.cross_entropy import SIGNAL as _CROSS_ENTROPY

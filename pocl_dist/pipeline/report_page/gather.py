@@ -13,7 +13,7 @@ from pocl_dist.files import JSONValue, read_json_lines
 from pocl_dist.pipeline.difficulty_files import read_records
 from pocl_dist.pipeline.generated_files import output_file
 from pocl_dist.pipeline.inputs import read_prompts
-from pocl_dist.pipeline.plan import read_plan
+from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.report_page.answers import Case, training_cases
 from pocl_dist.pipeline.report_page.answers import test_cases as cases_of_tests
 from pocl_dist.pipeline.report_page.findings import (

@@ -1,4 +1,4 @@
-"""Free disk against what the run will write: checkpoints, export, cut student, teacher cache."""
+"""Free disk against what the run writes: checkpoints, export, cut student, teacher cache, rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pocl_dist.cluster.doctor.case import Case
 from pocl_dist.cluster.doctor.finding import Finding, SkipError, error, ok, skipped, warning
+from pocl_dist.data.row_streams import rows_file
 from pocl_dist.files import free_bytes
 from pocl_dist.models.header import ModelHeader
 
@@ -26,12 +27,13 @@ class Disk:
     init_student: int
     cache: int
     is_cache_known: bool
+    rows: int  # the training rows as they were read
 
     @property
     def total(self) -> int:
         """Returns all of it at the fullest moment: a new checkpoint before an old one goes."""
         checkpoints = (self.num_checkpoints + 1) * self.checkpoint
-        return checkpoints + self.export + self.init_student + self.cache
+        return checkpoints + self.export + self.init_student + self.cache + self.rows
 
 
 def student_parameters(case: Case) -> int:
@@ -69,7 +71,16 @@ def needed_disk(case: Case) -> Disk:
         init_student=0 if config.models.student.init_layers is None else 4 * parameters,
         cache=cache or 0,
         is_cache_known=cache is not None,
+        rows=_rows_bytes(case),
     )
+
+
+def _rows_bytes(case: Case) -> int:
+    """Returns the size of the training rows, 0 for those of the hub and where there are none."""
+    if "data.train" not in case.rows:  # another check has said why
+        return 0
+    file = rows_file(case.config.data.train, "data.train")
+    return 0 if file is None else file.stat().st_size
 
 
 def _cache_bytes(case: Case) -> int | None:
@@ -93,13 +104,14 @@ def free_disk(case: Case) -> Iterator[Finding]:
         f"export {size(needed.export)}": needed.export,
         f"cut student {size(needed.init_student)}": needed.init_student,
         f"teacher cache about {size(needed.cache)}": needed.cache,
+        f"training rows about {size(needed.rows)}": needed.rows,
     }
     line = (
         f"the run writes about {size(needed.total)} "
         f"({', '.join(text for text, num_bytes in parts.items() if num_bytes)}), "
         f"{size(free)} are free at {case.existing_parent}"
     )
-    if free < needed.checkpoint + needed.init_student + needed.cache:
+    if free < needed.checkpoint + needed.init_student + needed.cache + needed.rows:
         yield error(74, line)
     elif free < needed.total:
         yield warning(

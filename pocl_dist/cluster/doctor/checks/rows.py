@@ -16,8 +16,9 @@ from pocl_dist.cluster.doctor.finding import (
     warning,
 )
 from pocl_dist.config import Config
+from pocl_dist.data.row_streams import rows_file
 from pocl_dist.data.sets import NamedSource, check_enough, named_sources
-from pocl_dist.data.sources import Rows, read_rows, rows_file
+from pocl_dist.data.sources import Rows, read_rows
 from pocl_dist.errors import PoclError
 from pocl_dist.guards import shown
 from pocl_dist.records import Example

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -19,9 +20,21 @@ from pocl_dist.cluster.doctor.case import Case
 from pocl_dist.cluster.doctor.finding import Finding, error, ok, skipped, warning
 from pocl_dist.cluster.doctor.visible_gpus import num_visible_gpus
 from pocl_dist.guards import outdated_packages
+from pocl_dist.trackers.registry import wanted_trackers
 
 MAIN_PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "ray", "safetensors")
 _ROOT = Path(__file__).resolve().parents[4]
+
+
+def extras(case: Case) -> Iterator[Finding]:
+    """Packages of extras that the config asks for: trackers, the lm-evaluation-harness."""
+    names = wanted_trackers(case.config.log)
+    tasks = case.config.evaluate.harness
+    if tasks and find_spec("lm_eval") is None:
+        yield error(64, "evaluate.harness: the package lm_eval is not installed")
+    else:
+        asked = [*names, *(["lm_eval"] if tasks else [])]
+        yield ok(f"installed: {', '.join(asked)}" if asked else "the config asks for none")
 
 
 def known_holes(case: Case) -> Iterator[Finding]:
