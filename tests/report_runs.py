@@ -126,7 +126,7 @@ def write_whole_run(folder: Path, num_rows: int = 24) -> tuple[Config, RunDirect
     """Writes a run in which every part of the report is there."""
     config, run = write_run(folder, num_rows)
     write_metrics(run)
-    write_eval(run)
+    write_eval(run, num_rows)
     (run.export).mkdir()
     (run.export / "config.json").write_text("{}")
     return config, run

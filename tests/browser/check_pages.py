@@ -107,9 +107,15 @@ class Opened:
         return int(figures.count())
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("screen", SCREENS)
-@pytest.mark.parametrize("name", ["whole", "stopped", "planned", "comparison"])
+VIEWS = [("whole", screen, scheme) for screen in SCREENS for scheme in ("light", "dark")]
+VIEWS += [
+    (name, *view)
+    for name in ("stopped", "planned", "comparison")
+    for view in (("desktop", "light"), ("phone", "dark"))
+]
+
+
+@pytest.mark.parametrize(("name", "screen", "scheme"), VIEWS)
 def test_a_page_opens_from_a_file_without_an_error_and_shows_its_charts(
     browser: object, pages: dict[str, Path], name: str, screen: str, scheme: str
 ) -> None:

@@ -42,7 +42,7 @@ def number(name: str, title: str, form: str = ",.4~r") -> Spec:
     return {"field": name, "type": "quantitative", "title": title, "format": form}
 
 
-def y_axis(name: str, *, from_zero: bool = True, form: str = "~s") -> Spec:
+def y_axis(name: str, *, from_zero: bool = True, form: str = ".3~g") -> Spec:
     return {
         "field": name,
         "type": "quantitative",

@@ -190,6 +190,6 @@ def _rank_bands(found: Material) -> Columns:
         starts, ends = [count - end for end in ends], [count - start for start in starts]
     return {
         "stage": [stage.index for stage in found.stages],
-        "start": [start + 1 for start in starts],
+        "start": [max(1, start) for start in starts],
         "end": list(ends),
     }

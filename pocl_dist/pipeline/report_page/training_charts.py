@@ -102,7 +102,7 @@ def _loss_layers(x: Spec, mean_steps: int) -> list[Spec]:
     return [*(single if mean_steps > 1 else []), means]
 
 
-def _step_line(name: str, x: Spec, form: str = "~s") -> list[Spec]:
+def _step_line(name: str, x: Spec, form: str = ".3~g") -> list[Spec]:
     return [
         {
             "data": {"name": "steps"},
@@ -129,9 +129,9 @@ _RESOLVE = {"scale": {"x": "shared", "stroke": "independent", "strokeDash": "ind
 
 def timeline(num_stages: int, last_step: int, mean_steps: int, dev_title: str | None) -> Spec:
     """Returns one axis of steps with panels: dev metric, losses, temperature, ratio, rate."""
-    smooth = f", means of {mean_steps} steps" if mean_steps > 1 else ""
+    smooth = f" (means of {mean_steps} steps)" if mean_steps > 1 else ""
     panels = {
-        "losses": (f"Loss and its parts, nats per token{smooth}", 170),
+        "losses": (f"Loss, nats{smooth}", 170),
         "temperature": ("Temperature", 54),
         "kd_ratio": ("KD ratio", 54),
         "learning_rate": ("Learning rate", 70),
@@ -164,7 +164,7 @@ def timeline(num_stages: int, last_step: int, mean_steps: int, dev_title: str | 
 
 
 def over_steps(
-    name: str, num_stages: int, last_step: int, *, scale: float = 1.0, form: str = "~s"
+    name: str, num_stages: int, last_step: int, *, scale: float = 1.0, form: str = ".3~g"
 ) -> Spec:
     """Returns a line of a column over the steps, `scale` times its values, with the stage bands."""
     x = _x(last_step, is_labelled=True)

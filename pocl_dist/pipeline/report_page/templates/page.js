@@ -16,7 +16,7 @@
 
   const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
 
-  const theme = () => {
+  const theme = (width) => {
     const text = colour("text"), muted = colour("muted"), line = colour("line");
     const font = getComputedStyle(document.body).fontFamily;
     return {
@@ -33,7 +33,7 @@
         labelColor: text, titleColor: muted, titleFontWeight: 400, labelFontSize: 12,
         titleFontSize: 12, symbolType: "square", symbolStrokeWidth: 2, offset: 8,
       },
-      title: { anchor: "start", color: text, fontSize: 12.5, fontWeight: 600, frame: "group", offset: 6 },
+      title: { anchor: "start", color: text, fontSize: 12.5, fontWeight: 600, frame: "group", offset: 6, limit: width - 62 },
       text: { color: muted },
       rule: { color: muted },
       line: { color: text },
@@ -65,7 +65,7 @@
     }
     const options = {
       mode: "vega-lite", renderer: "canvas", actions: false, ast: true, defaultStyle: false,
-      tooltip: { disableDefaultStyle: true }, config: theme(),
+      tooltip: { disableDefaultStyle: true }, config: theme(width),
     };
     views.get(figure)?.finalize();
     const result = await window.vegaEmbed(figure, spec, options);
