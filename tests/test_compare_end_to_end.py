@@ -72,6 +72,7 @@ def root(tiny_pair: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFa
 
 def test_every_arm_has_its_figures_at_equal_visits(root: Path) -> None:
     value = json.loads((root / "comparison.json").read_text())
+    assert "<html" in (root / "comparison.html").read_text()
     assert value["is_complete"] is True and value["marks"] == []
     assert [arm["name"] for arm in value["arms"]] == ARMS
     assert {arm["visits"] for arm in value["arms"]} == {240}

@@ -1,7 +1,7 @@
 """compare: does the curriculum help on these data? All arms at equal sample visits, one table.
 
     RUN/shared/, RUN/runs/ARM/lr-X/seed-N/    ordinary run directories (comparison/folders.py)
-    RUN/comparison.json, RUN/comparison.md    the table; written again whenever a seed is complete
+    RUN/comparison.json, .md, .html           the table; written again whenever a seed is complete
 
 docs/compare.md says how to read it, docs/decisions/compare.md why it is made this way.
 """
@@ -25,7 +25,7 @@ from pocl_dist.pipeline.comparison.rounds import Comparison, work
 from pocl_dist.pipeline.comparison.scores import AVERAGE
 from pocl_dist.pipeline.comparison.shared import count_rows, make_shared, shared_config
 from pocl_dist.pipeline.comparison.state import Inputs
-from pocl_dist.pipeline.comparison.tables import markdown, print_tables
+from pocl_dist.pipeline.comparison.tables import intro, markdown, print_tables, tables
 from pocl_dist.pipeline.comparison.tabulate import tabulate
 from pocl_dist.pipeline.comparison.visits import check_equal, stages_of, visits_of
 from pocl_dist.pipeline.inputs import (
@@ -36,8 +36,12 @@ from pocl_dist.pipeline.inputs import (
 )
 from pocl_dist.pipeline.preflight import check_inputs
 from pocl_dist.pipeline.progress import say
+from pocl_dist.pipeline.report_page.comparison_page import comparison_page
+from pocl_dist.pipeline.report_page.page import chart_library, render
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.stop_request import StopRequest
+
+PAGE = "comparison.html"
 
 
 def compare(config: Config, run: RunDirectory, request: CompareRequest) -> None:
@@ -66,7 +70,7 @@ def compare(config: Config, run: RunDirectory, request: CompareRequest) -> None:
             raise
         value = _write(comparison, request)
         print_tables(value)
-        say(f"compare: {run.root / RESULT} and {run.root / 'comparison.md'}")
+        say(f"compare: {run.root / PAGE}, comparison.md and {RESULT} beside it")
         if request.is_training:  # else the table of what is there is all that was asked for
             raise_missing(comparison, value)
 
@@ -151,6 +155,8 @@ def _write(comparison: Comparison, request: CompareRequest) -> Mapping[str, JSON
     root = comparison.run.root
     atomic_write_json(root / RESULT, value)
     atomic_write_text(root / "comparison.md", markdown(value))
+    page = comparison_page(root.resolve().name, value, tables(value), list(intro(value)))
+    atomic_write_text(root / PAGE, render(page, chart_library()))
     return value
 
 

@@ -126,7 +126,8 @@ def _markdown(lines: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
 
 
-def _intro(value: Row) -> Iterator[str]:
+def intro(value: Row) -> Iterator[str]:
+    """Yields what the figures are, in sentences."""
     request, bootstrap = cast("Row", value["request"]), cast("Row", value["bootstrap"])
     seeds = ", ".join(map(str, cast("list[int]", request["seeds"])))
     grid = cast("list[float]", value["grid"])
@@ -145,13 +146,19 @@ def _intro(value: Row) -> Iterator[str]:
         yield f"All arms have the learning rate {grid[0]:g}: no grid was given."
 
 
+def tables(value: Row) -> dict[str, list[list[str]]]:
+    """Returns {title: header and lines} of all tables."""
+    found = {title: main_table(value, metric) for metric, title in _METRIC_TITLES.items()}
+    if value["ablations"]:
+        found["Ablations, ROUGE-L"] = ablation_table(value, "rouge_l")
+    return found
+
+
 def markdown(value: Row) -> str:
     """Returns comparison.md."""
-    lines = ["# Plain distillation and the POCL curriculum", "", *_intro(value)]
-    for metric, title in _METRIC_TITLES.items():
-        lines += ["", f"## {title}", "", *_markdown(main_table(value, metric))]
-    if value["ablations"]:
-        lines += ["", "## Ablations, ROUGE-L", "", *_markdown(ablation_table(value, "rouge_l"))]
+    lines = ["# Plain distillation and the POCL curriculum", "", *intro(value)]
+    for title, table in tables(value).items():
+        lines += ["", f"## {title}", "", *_markdown(table)]
     marks = cast("list[str]", value["marks"])
     if marks:
         lines += ["", "## Missing", ""]
@@ -167,10 +174,9 @@ def print_tables(value: Row) -> None:
     from rich.text import Text
 
     console = Console()
-    tables = [("ROUGE-L, %", main_table(value, "rouge_l"))]
-    if value["ablations"]:
-        tables.append(("Ablations, ROUGE-L, %", ablation_table(value, "rouge_l")))
-    for title, (header, *body) in tables:
+    for title, (header, *body) in tables(value).items():
+        if title == _METRIC_TITLES["exact_match"]:
+            continue
         table = Table(*header, title=title)
         for line in body:
             table.add_row(*map(Text, line))
