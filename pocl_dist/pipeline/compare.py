@@ -1,7 +1,7 @@
 """compare: does the curriculum help on these data? All arms at equal sample visits, one table.
 
     RUN/shared/, RUN/runs/ARM/lr-X/seed-N/    ordinary run directories (comparison/folders.py)
-    RUN/comparison.json, RUN/comparison.md    the table; written again whenever a seed is complete
+    RUN/comparison.json, .md, .html           the table; written again whenever a seed is complete
 
 docs/compare.md says how to read it, docs/decisions/compare.md why it is made this way.
 """
@@ -25,7 +25,7 @@ from pocl_dist.pipeline.comparison.rounds import Comparison, work
 from pocl_dist.pipeline.comparison.scores import AVERAGE
 from pocl_dist.pipeline.comparison.shared import count_rows, make_shared, shared_config
 from pocl_dist.pipeline.comparison.state import Inputs
-from pocl_dist.pipeline.comparison.tables import markdown, print_tables
+from pocl_dist.pipeline.comparison.tables import html, markdown, print_tables
 from pocl_dist.pipeline.comparison.tabulate import tabulate
 from pocl_dist.pipeline.comparison.visits import check_equal, stages_of, visits_of
 from pocl_dist.pipeline.inputs import (
@@ -151,6 +151,7 @@ def _write(comparison: Comparison, request: CompareRequest) -> Mapping[str, JSON
     root = comparison.run.root
     atomic_write_json(root / RESULT, value)
     atomic_write_text(root / "comparison.md", markdown(value))
+    atomic_write_text(root / "comparison.html", html(root.name, value))
     return value
 
 

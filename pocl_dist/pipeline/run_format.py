@@ -45,6 +45,7 @@ FILES = (
     "runs/*",
     "comparison.json",
     "comparison.md",
+    "comparison.html",
 )
 """All that a run writes into its directory (`*`: anything below); scratch lies elsewhere."""
 

@@ -1,4 +1,4 @@
-"""comparison.md and the printed table, made from comparison.json alone: the paper's form."""
+"""comparison.md, comparison.html and the printed table, from comparison.json alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from pocl_dist.pipeline.comparison.scores import columns_of
+from pocl_dist.pipeline.report_page.comparison_page import comparison_page
+from pocl_dist.pipeline.report_page.page import chart_library, render
 
 if TYPE_CHECKING:
     from pocl_dist.files import JSONValue
@@ -145,13 +147,25 @@ def _intro(value: Row) -> Iterator[str]:
         yield f"All arms have the learning rate {grid[0]:g}: no grid was given."
 
 
+def titled_tables(value: Row) -> dict[str, list[list[str]]]:
+    """Returns {title: header and lines} of all tables."""
+    tables = {title: main_table(value, metric) for metric, title in _METRIC_TITLES.items()}
+    if value["ablations"]:
+        tables["Ablations, ROUGE-L"] = ablation_table(value, "rouge_l")
+    return tables
+
+
+def html(name: str, value: Row) -> str:
+    """Returns comparison.html: the tables, and each difference with its interval as a chart."""
+    page = comparison_page(name, value, titled_tables(value), list(_intro(value)))
+    return render(page, chart_library())
+
+
 def markdown(value: Row) -> str:
     """Returns comparison.md."""
     lines = ["# Plain distillation and the POCL curriculum", "", *_intro(value)]
-    for metric, title in _METRIC_TITLES.items():
-        lines += ["", f"## {title}", "", *_markdown(main_table(value, metric))]
-    if value["ablations"]:
-        lines += ["", "## Ablations, ROUGE-L", "", *_markdown(ablation_table(value, "rouge_l"))]
+    for title, table in titled_tables(value).items():
+        lines += ["", f"## {title}", "", *_markdown(table)]
     marks = cast("list[str]", value["marks"])
     if marks:
         lines += ["", "## Missing", ""]
