@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,8 @@ from pocl_dist.pipeline.comparison.rates import Candidate, choose, dev_of
 from pocl_dist.pipeline.comparison.request import CompareRequest
 from pocl_dist.pipeline.comparison.scores import SetScores, paired
 from pocl_dist.pipeline.comparison.state import RunLook
-from pocl_dist.pipeline.comparison.tables import intro, markdown, tables
+from pocl_dist.pipeline.comparison.tables import html, markdown, titled_tables
 from pocl_dist.pipeline.comparison.tabulate import tabulate
-from pocl_dist.pipeline.report_page.comparison_page import comparison_page
-from pocl_dist.pipeline.report_page.page import render
 from tests.comparing import (
     answer_run,
     base_config,
@@ -194,8 +193,11 @@ def test_the_table_has_the_figures_computed_by_hand(tmp_path: Path) -> None:
     assert "|  | difference |  |  | +5.00 [+5.00, +5.00] | " in text
     assert "| teacher |  |  |  | 0.00 | 100.00 | 50.00 |" in text
     assert "## Missing" not in text
-    page = render(comparison_page("both", value, tables(value), list(intro(value))), "")
-    assert all(cell in page for cell in ("35.00 ± 14.14", "+5.00 [+5.00, +5.00]", "Seeds 1, 2"))
+    page = html("compared", value)
+    cells = [cell for table in titled_tables(value).values() for line in table for cell in line]
+    assert "35.00 ± 14.14" in cells and all(escape(cell) in page for cell in cells)
+    axis = page.partition('"differences_rouge_l":{"name":')[2]
+    assert axis.startswith('["forward_kl-pocl − forward_kl-kd"],"value":[2.5')
 
 
 def test_visits_of_both_arms_stand_in_the_table(tmp_path: Path) -> None:

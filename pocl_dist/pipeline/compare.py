@@ -25,7 +25,7 @@ from pocl_dist.pipeline.comparison.rounds import Comparison, work
 from pocl_dist.pipeline.comparison.scores import AVERAGE
 from pocl_dist.pipeline.comparison.shared import count_rows, make_shared, shared_config
 from pocl_dist.pipeline.comparison.state import Inputs
-from pocl_dist.pipeline.comparison.tables import intro, markdown, print_tables, tables
+from pocl_dist.pipeline.comparison.tables import html, markdown, print_tables
 from pocl_dist.pipeline.comparison.tabulate import tabulate
 from pocl_dist.pipeline.comparison.visits import check_equal, stages_of, visits_of
 from pocl_dist.pipeline.inputs import (
@@ -36,12 +36,8 @@ from pocl_dist.pipeline.inputs import (
 )
 from pocl_dist.pipeline.preflight import check_inputs
 from pocl_dist.pipeline.progress import say
-from pocl_dist.pipeline.report_page.comparison_page import comparison_page
-from pocl_dist.pipeline.report_page.page import chart_library, render
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.stop_request import StopRequest
-
-PAGE = "comparison.html"
 
 
 def compare(config: Config, run: RunDirectory, request: CompareRequest) -> None:
@@ -70,7 +66,7 @@ def compare(config: Config, run: RunDirectory, request: CompareRequest) -> None:
             raise
         value = _write(comparison, request)
         print_tables(value)
-        say(f"compare: {run.root / PAGE}, comparison.md and {RESULT} beside it")
+        say(f"compare: {run.root / RESULT} and {run.root / 'comparison.md'}")
         if request.is_training:  # else the table of what is there is all that was asked for
             raise_missing(comparison, value)
 
@@ -155,8 +151,7 @@ def _write(comparison: Comparison, request: CompareRequest) -> Mapping[str, JSON
     root = comparison.run.root
     atomic_write_json(root / RESULT, value)
     atomic_write_text(root / "comparison.md", markdown(value))
-    page = comparison_page(root.resolve().name, value, tables(value), list(intro(value)))
-    atomic_write_text(root / PAGE, render(page, chart_library()))
+    atomic_write_text(root / "comparison.html", html(root.name, value))
     return value
 
 

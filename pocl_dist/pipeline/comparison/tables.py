@@ -1,4 +1,4 @@
-"""comparison.md and the printed table, made from comparison.json alone: the paper's form."""
+"""comparison.md, comparison.html and the printed table, from comparison.json alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from pocl_dist.pipeline.comparison.scores import columns_of
+from pocl_dist.pipeline.report_page.comparison_page import comparison_page
+from pocl_dist.pipeline.report_page.page import chart_library, render
 
 if TYPE_CHECKING:
     from pocl_dist.files import JSONValue
@@ -126,8 +128,7 @@ def _markdown(lines: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
 
 
-def intro(value: Row) -> Iterator[str]:
-    """Yields what the figures are, in sentences."""
+def _intro(value: Row) -> Iterator[str]:
     request, bootstrap = cast("Row", value["request"]), cast("Row", value["bootstrap"])
     seeds = ", ".join(map(str, cast("list[int]", request["seeds"])))
     grid = cast("list[float]", value["grid"])
@@ -146,18 +147,24 @@ def intro(value: Row) -> Iterator[str]:
         yield f"All arms have the learning rate {grid[0]:g}: no grid was given."
 
 
-def tables(value: Row) -> dict[str, list[list[str]]]:
+def titled_tables(value: Row) -> dict[str, list[list[str]]]:
     """Returns {title: header and lines} of all tables."""
-    found = {title: main_table(value, metric) for metric, title in _METRIC_TITLES.items()}
+    tables = {title: main_table(value, metric) for metric, title in _METRIC_TITLES.items()}
     if value["ablations"]:
-        found["Ablations, ROUGE-L"] = ablation_table(value, "rouge_l")
-    return found
+        tables["Ablations, ROUGE-L"] = ablation_table(value, "rouge_l")
+    return tables
+
+
+def html(name: str, value: Row) -> str:
+    """Returns comparison.html: the tables, and each difference with its interval as a chart."""
+    page = comparison_page(name, value, titled_tables(value), list(_intro(value)))
+    return render(page, chart_library())
 
 
 def markdown(value: Row) -> str:
     """Returns comparison.md."""
-    lines = ["# Plain distillation and the POCL curriculum", "", *intro(value)]
-    for title, table in tables(value).items():
+    lines = ["# Plain distillation and the POCL curriculum", "", *_intro(value)]
+    for title, table in titled_tables(value).items():
         lines += ["", f"## {title}", "", *_markdown(table)]
     marks = cast("list[str]", value["marks"])
     if marks:
@@ -174,9 +181,10 @@ def print_tables(value: Row) -> None:
     from rich.text import Text
 
     console = Console()
-    for title, (header, *body) in tables(value).items():
-        if title == _METRIC_TITLES["exact_match"]:
-            continue
+    tables = [("ROUGE-L, %", main_table(value, "rouge_l"))]
+    if value["ablations"]:
+        tables.append(("Ablations, ROUGE-L, %", ablation_table(value, "rouge_l")))
+    for title, (header, *body) in tables:
         table = Table(*header, title=title)
         for line in body:
             table.add_row(*map(Text, line))
