@@ -188,8 +188,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 {_prompt(config)}
 inputs = tokenizer(text, return_tensors="pt", add_special_tokens={config.data.template != "chat"})
-output = model.generate(**inputs, max_new_tokens={config.generation.max_new_tokens})
-answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+ids, mask = inputs["input_ids"], inputs["attention_mask"]
+output = model.generate(ids, attention_mask=mask, max_new_tokens={config.generation.max_new_tokens})
+answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 print(answer)
 ```"""
 
