@@ -143,12 +143,7 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
     inputs = _inputs(config, plan, rows.digest, student, teacher_folder, tokenizer)
     agree_on_digest(digest_of(inputs), rank, "config, data, model or plan")
     examples = EncodedRows(rows, make_encoder(config, tokenizer), ranked_rows(plan, rows))
-    record = run.checkpoints / "inputs.json"
-    if on_any_rank(not check_made_from(record, inputs), rank):
-        check_rows(examples, rank)  # an attempt that was resumed has done so
-        if rank.is_main:
-            atomic_write_json(record, inputs)
-    barrier(rank)
+    _record_inputs(run, inputs, examples, rank)
 
     checkpoint = find_checkpoint(run.checkpoints, rank, digest_of(inputs), config.resume.on_damage)
     writer = CheckpointWriter(run.checkpoints, rank, lambda: check_not_fenced(run.root))
@@ -193,6 +188,18 @@ def prepare_training(config: Config, run: RunDirectory, rank: Rank) -> Training:
         trackers=Trackers(config, run.root, resume_step, log.written_before) if log else None,
         display=display,
     )
+
+
+def _record_inputs(
+    run: RunDirectory, inputs: dict[str, JSONValue], examples: EncodedRows, rank: Rank
+) -> None:
+    """Writes what the run is made from, or compares it with what is there. Collective."""
+    record = run.checkpoints / "inputs.json"
+    if on_any_rank(not check_made_from(record, inputs), rank):
+        check_rows(examples, rank)  # an attempt that was resumed has done so
+        if rank.is_main:
+            atomic_write_json(record, inputs)
+    barrier(rank)
 
 
 def _with_tokens(
