@@ -146,7 +146,7 @@ def timeline(num_stages: int, last_step: int, mean_steps: int, dev_title: str | 
             "dev": lambda x=x: _dev_layers(x, str(dev_title)),
             "losses": lambda x=x: _loss_layers(x, mean_steps),
             "learning_rate": lambda x=x: _step_line("learning_rate", x, ".0e"),
-        }.get(name, lambda x=x, name=name: _step_line(name, x, "~r"))()  # type: ignore[misc]
+        }.get(name, lambda x=x, name=name: _step_line(name, x, "~r"))()
         names = [_band_names()] if index == 0 else []
         specs.append(
             {
