@@ -26,8 +26,8 @@ PLACEHOLDERS = {
 }
 # Programs that are not ours: only the paths in their words are looked at.
 OTHERS = {
-    "apptainer", "cat", "cd", "chmod", "docker", "echo", "exec", "export", "git", "head", "ls",
-    "mkdir", "pip", "printf", "rm", "source", "tail", "touch",
+    "apptainer", "cat", "cd", "chmod", "docker", "echo", "exec", "export", "git", "head", "jq",
+    "ls", "mkdir", "pip", "printf", "rm", "source", "tail", "touch",
 }  # fmt: skip
 WRAPPERS = ("srun", "torchrun", "python", "python3")
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
