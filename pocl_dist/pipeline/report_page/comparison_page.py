@@ -37,7 +37,7 @@ def comparison_page(
             key = f"differences_{metric}"
             titles[key] = f"{title}: differences, in points"
             specs[key] = intervals(
-                key, "difference, points (right: the first is better)", len(rows)
+                key, "difference, points", len(rows)
             )
             datasets[key] = {
                 column: [row[column] for row in rows] for column in ("name", "value", "low", "high")
