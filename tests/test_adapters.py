@@ -21,7 +21,7 @@ from pocl_dist.pipeline.inputs import student_source, teacher_source
 from pocl_dist.pipeline.preflight import check_inputs
 from pocl_dist.pipeline.run_directory import RunDirectory
 from tests.oracle import assert_same_steps, train_all
-from tests.tiny import write_config, write_llama
+from tests.tiny import results_in, write_config, write_llama
 
 KEY = "models.teacher.adapter"
 Pair = tuple[Path, Path, Path]
@@ -239,7 +239,7 @@ def test_a_misfit_stops_a_run_before_anything_starts(
     run = RunDirectory(Path(config.run_dir))
     with pytest.raises(MismatchError, match=r"models.teacher.adapter: .* does not fit"):
         check_inputs(config, run)
-    assert left_in(cache) == [] and not run.root.exists()
+    assert left_in(cache) == [] and not results_in(run.root)
 
 
 def test_an_adapter_for_a_student_that_is_cut_from_the_teacher_is_refused(

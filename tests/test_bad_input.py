@@ -20,7 +20,7 @@ import yaml
 from pocl_dist.cli import main
 from pocl_dist.errors import EXIT_CODES
 from pocl_dist.pipeline.run_lock import run_lock
-from tests.tiny import make_tokenizer, write_config, write_rows
+from tests.tiny import make_tokenizer, results_in, write_config, write_rows
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,8 @@ def config(tmp_path: Path) -> Path:
 
 
 def left_behind(config: Path) -> set[str]:
-    """Returns what a refused command wrote; the rows that were read well are no result."""
-    run_dir = config.parent / "run"
-    found = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
-    found = {name for name in found if not name.startswith("rows/data.train/")}
-    return found - {"config.yaml", "status.json"}
+    """Returns what a refused command wrote."""
+    return set(results_in(config.parent / "run")) - {"config.yaml", "status.json"}
 
 
 # --- the config
@@ -206,14 +203,12 @@ def test_another_config_on_a_planned_run_is_78_names_the_key_and_changes_nothing
 ) -> None:
     assert command("plan", config).code == 0
     run_dir = config.parent / "run"
-    before = {
-        path.name: path.read_bytes() for path in run_dir.iterdir() if path.name != "status.json"
-    }
+    before = {**results_in(run_dir), "status.json": b""}
     outcome = command("plan", config, "curriculum.epochs_per_stage=3", "data.limit=5")
     assert outcome.code == 78
     assert "curriculum.epochs_per_stage: it was made with 2.0, now 3.0" in outcome.message
     assert "data.limit: it was made with None, now 5" in outcome.message
-    assert {p.name: p.read_bytes() for p in run_dir.iterdir() if p.name != "status.json"} == before
+    assert {**results_in(run_dir), "status.json": b""} == before
     assert command("verify", run_dir).code == 0
     assert command("plan", config).code == 0
 

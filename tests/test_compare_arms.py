@@ -22,7 +22,7 @@ from pocl_dist.pipeline.comparison.visits import stages_of
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import Stage
-from tests.tiny import write_config, write_rows
+from tests.tiny import results_in, write_config, write_rows
 
 ALL = CompareRequest(METHODS, (1,), ablate=tuple(ABLATIONS))
 
@@ -244,7 +244,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message) as caught:
         check_before(config, request)
     assert caught.value.exit_code == 64
-    assert not Path(config.run_dir).exists()
+    assert not results_in(Path(config.run_dir))
 
 
 def test_unequal_visits_are_refused_with_both_numbers(tmp_path: Path) -> None:

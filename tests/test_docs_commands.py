@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pocl_dist.cli import _parse
+from pocl_dist.arguments import parse
 from pocl_dist.config import load_words
 from pocl_dist.errors import PoclError
 from tests.docs_blocks import NEEDS, REPOSITORY, Block, blocks_of, command_blocks, pages
@@ -26,8 +26,8 @@ PLACEHOLDERS = {
 }
 # Programs that are not ours: only the paths in their words are looked at.
 OTHERS = {
-    "apptainer", "cat", "cd", "chmod", "docker", "echo", "exec", "export", "git", "head", "ls",
-    "mkdir", "pip", "printf", "rm", "source", "tail", "touch",
+    "apptainer", "cat", "cd", "chmod", "docker", "echo", "exec", "export", "git", "head", "jq",
+    "ls", "mkdir", "pip", "printf", "rm", "source", "tail", "touch",
 }  # fmt: skip
 WRAPPERS = ("srun", "torchrun", "python", "python3")
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def simple_commands(line: str) -> Iterator[list[str]]:
 
 def _check_pocl_dist(words: list[str]) -> None:
     """Parses the words behind `pocl-dist`, and loads the config that they name."""
-    arguments = _parse([PLACEHOLDERS.get(word, word) for word in words])
+    arguments = parse([PLACEHOLDERS.get(word, word) for word in words])
     if "config" in arguments:
         load_words(arguments.config)
 

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("difficulty", "curriculum", "teacher", "on_policy"),
     ("pipeline", "cluster"),
+    ("arguments",),
     ("cli",),
     ("__main__",),
 )

@@ -83,6 +83,12 @@ def write_llama(
     return folder
 
 
+def results_in(run_dir: Path) -> dict[str, bytes]:
+    """Returns the files of a run by name; the rows that were read well are no result."""
+    files = {p.relative_to(run_dir).as_posix(): p for p in run_dir.rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in files.items() if not name.startswith("rows/")}
+
+
 def write_config(
     folder: Path, teacher: Path | None, student: Path, train: Path, /, **sections: object
 ) -> Path:

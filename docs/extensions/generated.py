@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pocl_dist.cli import _parser
+from pocl_dist.arguments import make_parser
 from pocl_dist.config import Config, ScheduleConfig
 from pocl_dist.config.loss_names import LOSSES
 from pocl_dist.errors import EXIT_CODES
@@ -152,7 +152,7 @@ def commands() -> str:
     """Returns the help of every command."""
     (choices,) = (
         action.choices
-        for action in _parser()._actions
+        for action in make_parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     )
     parts = []
