@@ -36,9 +36,7 @@ def comparison_page(
         if rows:
             key = f"differences_{metric}"
             titles[key] = f"{title}: differences, in points"
-            specs[key] = intervals(
-                key, "difference, points (right: the first is better)", len(rows)
-            )
+            specs[key] = intervals(key, "difference, points", len(rows))
             datasets[key] = {
                 column: [row[column] for row in rows] for column in ("name", "value", "low", "high")
             }
