@@ -129,6 +129,8 @@ def test_every_part_of_another_file_that_a_page_includes_is_there() -> None:
         text = page.read_text(encoding="utf-8")
         for name, options in re.findall(r"^```\{include\} (\S+)\n((?::.*\n)*)```", text, re.M):
             source = (page.parent / name).read_text(encoding="utf-8")
+            has_links = name != "../README.md" or ":relative-docs: docs/" in options
+            assert has_links, f"{page}: without relative-docs its links lead nowhere"
             for line in re.findall(r"^:(?:start-after|end-before): (.*)$", options, re.M):
                 assert source.count(line.strip('"')) == 1, f"{page}: {line}"
 
