@@ -73,6 +73,7 @@ def test_the_card_tells_the_curriculum_as_it_was_planned_and_trained(run: RunDir
         assert f"`{inputs[f'digest.{key}']}`" in card
     assert "D_T = KL(s ‖ (1 − α) t + α s), α = 0.1 per token" in card
     assert "`optimizer.learning_rate: 0.001`" in card
+    assert "method: distillation (skew_reverse_kl) in 2 stages, ordering shuffled" in card
     assert "Not evaluated on a test set." in card
 
 

@@ -57,6 +57,9 @@ def _method(config: Config, num_stages: int) -> str:
         text = "supervised fine-tuning"
     elif num_stages == 1:
         text = f"distillation ({config.loss.name}), no curriculum"
+    elif config.curriculum.ordering != "curriculum":
+        ordering = config.curriculum.ordering
+        text = f"distillation ({config.loss.name}) in {num_stages} stages, ordering {ordering}"
     else:
         text = f"distillation ({config.loss.name}) with the POCL curriculum (arXiv 2506.05695)"
     if config.data.responses == "teacher":
