@@ -89,8 +89,8 @@ def check_command(words: list[str]) -> None:
 
 def write_files_of(page: Path, folder: Path) -> None:
     """Writes the files that a page shows (yaml blocks headed `# NAME.yaml`), or only names."""
-    # The README's own file: it has to take back the skew of configs/qwen.yaml for reverse_kl.
-    (folder / "mine.yaml").write_text("loss: {kwargs: {}}\n", encoding="utf-8")
+    # The reader's own file, whatever is in it.
+    (folder / "mine.yaml").write_text("seed: 1\n", encoding="utf-8")
     for block in blocks_of(page):
         named = re.match(r"# ([\w-]+\.yaml)\n", block.text)
         if block.language == "yaml" and named:
