@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from sides import machine
+from sides import machine, run_ranks
 
 TOLERANCE = 0.1
 
@@ -75,30 +73,8 @@ def measure_rank(zero_stage: int, hidden: int) -> dict[str, object]:
 
 def measure(world_size: int, zero_stage: int, hidden: int) -> dict[str, object]:
     """Returns a row of the table: the largest figures among the ranks."""
-    address = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(28400 + os.getpid() % 500),
-        "DS_ACCELERATOR": "cpu",
-    }
-    command = [sys.executable, __file__, "--stage", str(zero_stage), "--hidden", str(hidden)]
-    with tempfile.TemporaryFile("w+") as errors:
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        outputs = [process.communicate()[0] for process in ranks]
-        if any(process.returncode for process in ranks):
-            errors.seek(0)
-            raise SystemExit(f"stage {zero_stage}, {world_size} ranks: {errors.read()[-2000:]}")
-    found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+    arguments = ["--stage", str(zero_stage), "--hidden", str(hidden)]
+    found = run_ranks(__file__, arguments, world_size, 28400 + os.getpid() % 500)
     held = {kind: max(row["held_bytes"][kind] for row in found) for kind in found[0]["held_bytes"]}
     return {"world_size": world_size, "zero_stage": zero_stage, **found[0], "held_bytes": held}
 

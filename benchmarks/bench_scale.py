@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from sides import status_bytes
+
 ROOT = Path(__file__).parents[1]
 ROWS = [10**4, 10**5, 10**6, 10**7]
 NUM_STEPS = 1600
@@ -31,13 +33,6 @@ BATCH = 64
 WORDS = [
     a + b for a in ("ka", "mo", "ri", "tel", "su", "pan") for b in ("do", "na", "lis", "ve", "t")
 ]
-
-
-def resident_bytes(name: str) -> int:
-    """Returns VmHWM (the most so far) or VmRSS (now) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
 
 
 def write_source(path: Path, num_rows: int) -> None:
@@ -136,7 +131,7 @@ def rank(folder: Path) -> dict[str, object]:
     student = ROOT / "pocl_dist" / "bundled" / "student"
     tokenizer = load_tokenizer(ModelFolder(student, "student"))
     encoder = make_encoder(config, tokenizer)
-    before = resident_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     started = time.monotonic()
     made = read_plan(RunDirectory(Path(config.run_dir)).plan)
     plan_digest(made)
@@ -156,7 +151,7 @@ def rank(folder: Path) -> dict[str, object]:
         "milliseconds_per_step": 1000 * (time.monotonic() - opened) / (step + 1),
         "steps": step + 1,
         "tokens": num_tokens,
-        "grown_bytes": resident_bytes("VmHWM") - before,
+        "grown_bytes": status_bytes("VmHWM") - before,
     }
 
 
@@ -215,7 +210,7 @@ def main() -> None:
         return
     if arguments.phase:
         found = {"read": read, "plan": plan, "rank": rank}[arguments.phase](arguments.folder)
-        used = {"cpu_seconds": time.process_time(), "peak_bytes": resident_bytes("VmHWM")}
+        used = {"cpu_seconds": time.process_time(), "peak_bytes": status_bytes("VmHWM")}
         print(json.dumps({**found, **used}))
         return
     sizes = []

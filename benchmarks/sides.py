@@ -1,7 +1,7 @@
-"""What the benchmarks share: a side in a process of its own, the machine, peak memory of some work.
+"""What the benchmarks share: sides and ranks in processes of their own, the machine, peak memory.
 
-A script calls itself through `run_side` with arguments that name one side; that child prints one
-JSON object as its last line.
+A script calls itself with arguments that name one side (`run_side`) or what ranks do (`run_ranks`);
+each child prints one JSON object as its last line. Imports no torch: it would count as memory.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-
-import torch
 
 MEMORY_KILL = -9
 """Exit status of a child that the kernel killed, which here means: for its memory."""
@@ -37,8 +35,42 @@ def run_side(script: str, arguments: list[str]) -> dict[str, object]:
     return {"error": f"exit status {done.returncode}: {done.stderr.strip()[-2000:]}"}
 
 
+def run_ranks(
+    script: str, arguments: list[str], world_size: int, port: int
+) -> list[dict[str, object]]:
+    """Returns the last line of each of so many ranks of `python script arguments`, on the CPU.
+
+    Raises SystemExit with the end of what they wrote to stderr when one of them fails.
+    """
+    address = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    with tempfile.TemporaryFile("w+") as errors:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, script, *arguments],
+                env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        outputs = [process.communicate()[0] for process in ranks]
+        if any(process.returncode for process in ranks):
+            errors.seek(0)
+            raise SystemExit(f"{arguments}, {world_size} ranks: {errors.read()[-3000:]}")
+    return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+
+
 def machine() -> dict[str, object]:
     """Returns what the figures were measured on."""
+    import torch
+
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -71,19 +103,15 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
         except OSError:
             print("the peak of the whole process counts: VmHWM cannot be reset", file=sys.stderr)
-        self._before = _status_bytes("VmRSS")
+        self._before = status_bytes("VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bytes = max(0, _status_bytes("VmHWM") - self._before)
+        self.bytes = max(0, status_bytes("VmHWM") - self._before)
 
 
-def peak_rss_bytes() -> int:
-    """Returns the largest RSS that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Returns VmHWM (the most so far), VmRSS (now) or another size of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

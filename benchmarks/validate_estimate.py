@@ -22,6 +22,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from sides import run_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "estimate.json"
 MEMORY_TOLERANCE, TIME_TOLERANCE = 0.10, 0.25
@@ -158,32 +160,10 @@ def run_rank(words: list[str], is_memory: bool) -> dict[str, object]:
     return found
 
 
-def run_ranks(words: list[str], world_size: int, *, is_memory: bool) -> list[dict[str, object]]:
+def ranks_found(words: list[str], world_size: int, *, is_memory: bool) -> list[dict[str, object]]:
     """Returns what each of `world_size` ranks found."""
-    address = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(28900 + os.getpid() % 500),
-        "DS_ACCELERATOR": "cpu",
-    }
-    command = [sys.executable, __file__, "rank", "--words", json.dumps([is_memory, *words])]
-    with tempfile.TemporaryFile("w+") as errors:
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        outputs = [process.communicate()[0] for process in ranks]
-        if any(process.returncode for process in ranks):
-            errors.seek(0)
-            raise SystemExit(f"{world_size} ranks: {errors.read()[-3000:]}")
-    return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+    arguments = ["rank", "--words", json.dumps([is_memory, *words])]
+    return run_ranks(__file__, arguments, world_size, 28900 + os.getpid() % 500)
 
 
 def plan(words: list[str]) -> None:
@@ -209,7 +189,7 @@ def memory_row(folder: Path, world_size: int, stage: int) -> dict[str, object]:
     """Returns bytes by part, predicted and measured, of the rank with most."""
     words = config_words(folder, "memory", world_size, stage, NUM_STEPS)
     plan(words)
-    ranks = run_ranks(words, world_size, is_memory=True)
+    ranks = ranks_found(words, world_size, is_memory=True)
     found = estimated(words, world_size, flops=1e10)
     parts = next(phase for phase in found.phases if phase.name == "loss and backward").parts
     measured = {
@@ -238,7 +218,7 @@ def time_row(folder: Path, size: str, world_size: int, stage: int) -> dict[str, 
     words = config_words(folder, size, world_size, stage, steps)
     plan(words)
     before = estimated(words, world_size, flops=None)
-    ranks = run_ranks(words, world_size, is_memory=False)
+    ranks = ranks_found(words, world_size, is_memory=False)
     after = estimated(words, world_size, flops=None)
     seconds = sorted(max(row["seconds"][i] for row in ranks) for i in range(2, steps))  # type: ignore[index]
     predicted = (before.step.total + after.step.total) / 2
