@@ -35,11 +35,6 @@ class Disk:
     export: int
     cache: dict[str, int]  # teacher source -> bytes
 
-    @property
-    def cache_sources(self) -> tuple[str, ...]:
-        """Returns the kinds of cache."""
-        return tuple(self.cache)
-
 
 def sources_of(setup: Setup) -> tuple[str, ...]:
     """Returns the teacher sources that can be compared."""

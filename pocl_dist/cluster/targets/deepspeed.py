@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
+from pocl_dist.cluster.apart import start_apart
 from pocl_dist.cluster.common_files import common_files
 from pocl_dist.cluster.launch_plan import LaunchPlan
 from pocl_dist.cluster.templates import fill
@@ -37,16 +37,9 @@ def submit(plan: LaunchPlan, folder: Path) -> str:
     # A bare name means what `launch.setup` makes of it; the ranks are asked again by the run.
     named = plan.config.launch.python
     check_hosts(hosts, plan.config.launch, named if "/" in named else sys.executable, where)
-    with (folder / LOG).open("ab") as log:
-        process = subprocess.Popen(
-            ["bash", str(folder / "head.sh")],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    pid = start_apart(folder / "head.sh", folder / LOG)
     return (
-        f"{process.pid}\nlaunch: runs as process {process.pid} on {socket.gethostname()}; "
+        f"{pid}\nlaunch: runs as process {pid} on {socket.gethostname()}; "
         f"its output is in {folder / LOG}; how it ended: "
         f"pocl-dist outcome {shlex.quote(plan.run_dir)}"
     )

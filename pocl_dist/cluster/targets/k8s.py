@@ -13,6 +13,7 @@ from typing import cast
 
 import yaml
 
+from pocl_dist.cluster.apart import start_apart
 from pocl_dist.cluster.common_files import common_files
 from pocl_dist.cluster.launch_plan import LaunchPlan
 from pocl_dist.cluster.targets.k8s_jobs import (
@@ -75,17 +76,10 @@ def submit(plan: LaunchPlan, folder: Path) -> str:
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines() or ["no reason given"]
         raise UnavailableError(f"kubectl apply: {said[-1]}") from error
-    with (folder / LOG).open("ab") as log:
-        process = subprocess.Popen(
-            ["bash", str(folder / "submit.sh")],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    pid = start_apart(folder / "submit.sh", folder / LOG)
     names = "\n".join(f"{plan.name}-{step}" for step in plan.steps)
     return (
-        f"{names}\nlaunch: process {process.pid} submits them one after the other, its output is "
+        f"{names}\nlaunch: process {pid} submits them one after the other, its output is "
         f"in {folder / LOG}; if it is stopped, `bash {folder}/submit.sh` goes on"
     )
 
