@@ -64,10 +64,9 @@ def _run_config_command(command: str, words: Sequence[str], **options: object) -
     from pocl_dist.config import load_words
     from pocl_dist.config.steps import is_ranks_work
     from pocl_dist.distributed.scratch import use_scratch
-    from pocl_dist.pipeline.manifest import remove_leftovers
-    from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
-    from pocl_dist.pipeline.run_format import check_run_directory
-    from pocl_dist.pipeline.run_lock import check_not_fenced, run_lock
+    from pocl_dist.pipeline.held_run import held_run
+    from pocl_dist.pipeline.run_directory import RunDirectory
+    from pocl_dist.pipeline.run_lock import check_not_fenced
     from pocl_dist.pipeline.run_step import run_step
     from pocl_dist.pipeline.stop_request import StopRequest, mark_start
 
@@ -95,10 +94,7 @@ def _run_config_command(command: str, words: Sequence[str], **options: object) -
             stop = StopRequest(run, config.run.max_wallclock_minutes)
             stack.enter_context(stop.installed())
         if is_owner:
-            check_run_directory(run.root, config.resume.strict_versions)
-            stack.enter_context(run_lock(run.root))
-            remove_leftovers(run.root)
-            stack.enter_context(kept_if_refused(run.root))
+            stack.enter_context(held_run(config, run))
         else:
             stack.enter_context(guarded(run.root, lambda: check_not_fenced(run.root)))
         try:
@@ -237,7 +233,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 traceback.print_exc()
                 reason += "\nThis is a bug in pocl_dist; please report it with the lines above."
             # All ranks stop together, and whoever started them says so: once is enough.
-            if not (code == 75 and "RANK" in os.environ and "POCL_DIST_PARENT" in os.environ):
+            if not (code == StoppedError.exit_code and is_rank_of_ours):
                 print(f"pocl-dist {arguments.command}: {reason}", file=sys.stderr, flush=True)
         if has_last_word:
             output.emit_outcome(arguments.command, code, reason)

@@ -81,3 +81,8 @@ class DevConfig(Section):
     """Training rows per difficulty quarter that are answered and scored before training and at each
     stage end, to show what is forgotten; 0: none. Costs 4 times as many greedy answers and forward
     passes, and meanwhile a copy of the student per rank, as the dev metric does."""
+
+    @property
+    def is_higher_better(self) -> bool:
+        """Returns the direction of `metric`."""
+        return self.metric == "rouge_l"

@@ -223,7 +223,7 @@ class Coordinator:
         """Takes in a dev metric (same on all ranks): best so far, convergence of the stage."""
         progress, curriculum = self.progress, self.config.curriculum
         progress.evaluated_at = progress.step
-        sign = 1.0 if self.config.dev.metric == "rouge_l" else -1.0
+        sign = 1.0 if self.config.dev.is_higher_better else -1.0
         if progress.best_dev is None or sign * (value - progress.best_dev) > 0:
             progress.best_dev, progress.best_step = value, progress.step
         if progress.step_in_stage == 0:

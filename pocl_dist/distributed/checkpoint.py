@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from pocl_dist.display.output import warn
 from pocl_dist.distributed.collectives import barrier, broadcast_floats, gather_texts
 from pocl_dist.distributed.engine import MOMENTS, set_adam_step, set_loss_scale_state
 from pocl_dist.distributed.parameters import set_master_parameter, set_moment
@@ -186,7 +187,7 @@ def find_checkpoint(
             raise MismatchError(f"damaged checkpoint: {damages[0]}")
         if rank.is_main:
             _set_aside(path)
-            print(f"WARNING: damaged checkpoint set aside: {damages[0]}", flush=True)
+            warn(f"damaged checkpoint set aside: {damages[0]}")
         barrier(rank)
 
 

@@ -17,6 +17,7 @@ from typing import cast
 import torch
 
 from pocl_dist import errors
+from pocl_dist.display.output import warn
 from pocl_dist.distributed.checkpoint import (
     MANIFEST,
     SEAL,
@@ -151,4 +152,4 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_steps: Collection[int])
         try:
             _remove(step_folder(folder, step))
         except OSError as error:
-            print(f"WARNING: an old checkpoint was not removed: {error}", flush=True)
+            warn(f"an old checkpoint was not removed: {error}")

@@ -18,6 +18,8 @@ from pocl_dist.config import Config, EvaluateConfig
 from pocl_dist.config.pass_sections import GenerateConfig
 from pocl_dist.difficulty.work import WorkShard, sizes_of
 from pocl_dist.difficulty.worker import ModelWorker, ShardResult, WorkerSettings
+from pocl_dist.display.output import say
+from pocl_dist.display.rows import RowProgress
 from pocl_dist.distributed.ray_pool import ActorPool
 from pocl_dist.distributed.ray_session import ray_session
 from pocl_dist.distributed.shard_queue import Shard
@@ -25,7 +27,6 @@ from pocl_dist.errors import PoclError, StoppedError, WorkerError
 from pocl_dist.failpoints import failpoint
 from pocl_dist.models.generation import Sampling
 from pocl_dist.models.sources import ModelFolder
-from pocl_dist.pipeline.progress import RowProgress, say
 from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.status_file import read_status

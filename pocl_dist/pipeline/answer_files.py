@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pocl_dist.display.output import warn
 from pocl_dist.errors import DataError
 from pocl_dist.files import read_json
-from pocl_dist.pipeline.progress import warn
 from pocl_dist.shard_files import count_halved, remove_damaged, sealed_shards, write_shard
 
 

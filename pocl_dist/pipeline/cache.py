@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config
+from pocl_dist.display.output import say, warn
 from pocl_dist.errors import ConfigError, MissingInputError, StorageError
 from pocl_dist.files import JSONValue, atomic_write_json, free_bytes
 from pocl_dist.models.config_fit import check_top_k
@@ -24,7 +25,6 @@ from pocl_dist.pipeline.cache_inputs import (
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source, teacher_source
 from pocl_dist.pipeline.launch_local import is_distilled, launch_ranks
 from pocl_dist.pipeline.plan_files import ranked_rows, read_plan
-from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.records import EncodedExample
 from pocl_dist.teacher.cache_files import (

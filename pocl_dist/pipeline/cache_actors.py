@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from pocl_dist.config import Config
+from pocl_dist.display.rows import RowProgress
 from pocl_dist.errors import DataError, StorageError
 from pocl_dist.failpoints import failpoint
 from pocl_dist.pipeline.actor_pass import actors_of, work_off
 from pocl_dist.pipeline.cache import CacheJob
 from pocl_dist.pipeline.cache_inputs import check_truncation, truncation_errors
-from pocl_dist.pipeline.progress import RowProgress
 from pocl_dist.pipeline.quarantine import FILE, Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import RowFailure

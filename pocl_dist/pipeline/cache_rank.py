@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 from pocl_dist.config import Config
 from pocl_dist.data.encoding import collate
+from pocl_dist.display.rows import RowProgress
 from pocl_dist.distributed.checkpoint import agree_on_digest
 from pocl_dist.distributed.collectives import barrier, gather_ints
 from pocl_dist.distributed.process_group import Rank, join_process_group, lost_peers_named
@@ -22,7 +23,6 @@ from pocl_dist.pipeline.cache import (
     start,
     summarise,
 )
-from pocl_dist.pipeline.progress import RowProgress
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.records import LMHead

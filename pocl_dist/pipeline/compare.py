@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pocl_dist.config import Config, replaced
 from pocl_dist.curriculum.stages import stage_sizes
+from pocl_dist.display.output import say
 from pocl_dist.errors import ConfigError, PoclError, StoppedError, error_of
 from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text
 from pocl_dist.pipeline.comparison import rates
@@ -35,7 +36,6 @@ from pocl_dist.pipeline.inputs import (
     read_train,
 )
 from pocl_dist.pipeline.preflight import check_inputs
-from pocl_dist.pipeline.progress import say
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.stop_request import StopRequest
 

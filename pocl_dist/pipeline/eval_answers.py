@@ -15,11 +15,11 @@ from pathlib import Path
 
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
+from pocl_dist.display.output import warn
 from pocl_dist.errors import StorageError
 from pocl_dist.files import atomic_write_json, atomic_write_text
 from pocl_dist.metrics import exact_match, rouge_l
 from pocl_dist.pipeline.answer_files import AnswerFiles
-from pocl_dist.pipeline.progress import warn
 from pocl_dist.pipeline.quarantine import FILE, Quarantine
 from pocl_dist.records import Example, RowFailure
 

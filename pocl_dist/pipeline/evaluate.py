@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pocl_dist.config import Config, select_keys
 from pocl_dist.difficulty.work import WorkShard, make_batches, make_shards, open_batches
+from pocl_dist.display.output import say
 from pocl_dist.errors import MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json
 from pocl_dist.models.sources import ModelFolder
@@ -26,7 +27,6 @@ from pocl_dist.pipeline.eval_report import write_reports
 from pocl_dist.pipeline.harness import check_harness, run_harness
 from pocl_dist.pipeline.inputs import make_encoder, read_eval_sets, student_source, teacher_source
 from pocl_dist.pipeline.model_card import update_card
-from pocl_dist.pipeline.progress import say
 from pocl_dist.pipeline.quarantine import Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pocl_dist.config import Config
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.work import WorkBatch, WorkShard, make_batches, make_shards, open_batches
+from pocl_dist.display.output import say, warn
 from pocl_dist.errors import ConfigError
 from pocl_dist.files import JSONValue, atomic_write_json
 from pocl_dist.models.sources import ModelFolder
@@ -14,7 +15,6 @@ from pocl_dist.pipeline import generated_files as files
 from pocl_dist.pipeline.answer_files import AnswerFiles
 from pocl_dist.pipeline.difficulty_files import model_inputs
 from pocl_dist.pipeline.inputs import make_encoder, read_prompts, student_source, teacher_source
-from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.quarantine import FILE, Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 

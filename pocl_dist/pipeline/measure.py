@@ -16,6 +16,7 @@ from pocl_dist.data.columns import is_in, order_of, slices, text_array
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import tie_shares
 from pocl_dist.difficulty.work import OpenShards, WorkRow
+from pocl_dist.display.output import say, warn
 from pocl_dist.errors import DataError, MissingInputError
 from pocl_dist.files import atomic_write_json
 from pocl_dist.models.sources import ModelFolder
@@ -31,7 +32,6 @@ from pocl_dist.pipeline.difficulty_files import (
     write_difficulty,
 )
 from pocl_dist.pipeline.inputs import make_encoder, read_train, student_source
-from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.quarantine import FILE, Quarantine
 from pocl_dist.pipeline.run_directory import RunDirectory, check_made_from
 from pocl_dist.pipeline.scores import read_scores

@@ -16,14 +16,13 @@ from pocl_dist.data.columns import TextColumn, number_array, take, write_columns
 from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.fusion import Fused, fuse
 from pocl_dist.difficulty.signals import SIGNALS
-from pocl_dist.display.output import show
+from pocl_dist.display.output import say, show, warn
 from pocl_dist.errors import ConfigError, MismatchError, MissingInputError
 from pocl_dist.files import JSONValue, read_json
 from pocl_dist.pipeline import plan_files
 from pocl_dist.pipeline.difficulty_files import config_inputs, read_quarantine
 from pocl_dist.pipeline.inputs import read_train
 from pocl_dist.pipeline.plan_files import read_plan, write_plan
-from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.scores import Scores, read_scores, rows_of_scores
 from pocl_dist.records import Plan, Stage

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from pocl_dist.config import Config
-from pocl_dist.display.output import make_console
+from pocl_dist.display.output import make_console, say, warn
 from pocl_dist.errors import MissingInputError
 from pocl_dist.files import JSONValue, atomic_write_json, atomic_write_text
-from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.report_numbers import results, time_rows
 from pocl_dist.pipeline.report_page.gather import gather
 from pocl_dist.pipeline.report_page.page import chart_library, render

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+from pocl_dist.display.output import warn
 from pocl_dist.errors import ConfigError, MismatchError
 from pocl_dist.files import TEMPORARY, JSONValue, read_json
-from pocl_dist.pipeline.progress import warn
 from pocl_dist.pipeline.status_file import read_status
 from pocl_dist.versions import RUN_FORMAT, versions
 

@@ -14,9 +14,10 @@ from pocl_dist.data.sources import Rows
 from pocl_dist.difficulty.server import Server, ServerPrompt, ask, check_reachable
 from pocl_dist.difficulty.server_pool import ask_all
 from pocl_dist.difficulty.work import WorkShard
+from pocl_dist.display.output import say
+from pocl_dist.display.rows import RowProgress
 from pocl_dist.errors import ConfigError, MismatchError, StoppedError
 from pocl_dist.pipeline.answer_files import AnswerFiles
-from pocl_dist.pipeline.progress import RowProgress, say
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.records import EncodedExample, Example
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from pocl_dist.config import Config, dump_config
 from pocl_dist.config.shipped import PACKAGE
+from pocl_dist.display.output import say
 from pocl_dist.errors import StoppedError, error_of
 from pocl_dist.files import atomic_write_text
 from pocl_dist.pipeline.comparison import death_signal
 from pocl_dist.pipeline.comparison.folders import ComparedRun
-from pocl_dist.pipeline.progress import say
 from pocl_dist.pipeline.stop_request import StopRequest
 
 POLL_SECONDS = 0.2

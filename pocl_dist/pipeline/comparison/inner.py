@@ -11,10 +11,8 @@ from pathlib import Path
 
 from pocl_dist.config import Config
 from pocl_dist.errors import PoclError, StoppedError
-from pocl_dist.pipeline.manifest import remove_leftovers
-from pocl_dist.pipeline.run_directory import RunDirectory, kept_if_refused
-from pocl_dist.pipeline.run_format import check_run_directory
-from pocl_dist.pipeline.run_lock import run_lock
+from pocl_dist.pipeline.held_run import held_run
+from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_step import Step, run_step
 
 
@@ -24,9 +22,7 @@ def do_steps(config: Config, steps: Sequence[tuple[str, Step]]) -> None:
     How it ended stands in the run's status, as if each had been a command of its own.
     """
     run = RunDirectory(Path(config.run_dir))
-    check_run_directory(run.root, config.resume.strict_versions)
-    with run_lock(run.root), kept_if_refused(run.root):
-        remove_leftovers(run.root)
+    with held_run(config, run):
         phase = steps[0][0]
         try:
             run.write_config(config)

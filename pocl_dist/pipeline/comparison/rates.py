@@ -46,13 +46,8 @@ def dev_of(compared: ComparedRun) -> float | None:
     if not values:
         return None
     if compared.config.export.select == "best_dev":
-        return max(values) if is_higher_better(compared.config) else min(values)
+        return max(values) if compared.config.dev.is_higher_better else min(values)
     return values[-1]
-
-
-def is_higher_better(config: Config) -> bool:
-    """Returns the direction of `dev.metric`."""
-    return config.dev.metric == "rouge_l"
 
 
 def choose(candidates: Sequence[Candidate], higher_is_better: bool) -> float | None:

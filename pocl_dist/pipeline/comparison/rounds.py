@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pocl_dist.config import Config
+from pocl_dist.display.output import say, warn
 from pocl_dist.errors import BusyError, DivergedError, PoclError, StoppedError, StorageError
 from pocl_dist.pipeline.comparison import rates
 from pocl_dist.pipeline.comparison.ablations import AblationRow
@@ -21,7 +22,6 @@ from pocl_dist.pipeline.comparison.inner import do_steps
 from pocl_dist.pipeline.comparison.shared import link_shared
 from pocl_dist.pipeline.comparison.state import Inputs, RunLook, look
 from pocl_dist.pipeline.evaluate import evaluate
-from pocl_dist.pipeline.progress import say, warn
 from pocl_dist.pipeline.report import report
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.stop_request import StopRequest
@@ -79,7 +79,7 @@ class Comparison:
         is_open = any(c.look.state in ("missing", "unfinished") for c in candidates)
         if is_open and len(candidates) > 1:
             return None
-        return rates.choose(candidates, rates.is_higher_better(self.base))
+        return rates.choose(candidates, self.base.dev.is_higher_better)
 
     def chosen_runs(self, seeds: Sequence[int]) -> Iterator[ComparedRun]:
         """Yields the runs of the table, of arms whose learning rate is chosen."""

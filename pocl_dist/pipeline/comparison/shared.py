@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pocl_dist.config import Config, replaced
 from pocl_dist.config.steps import needs_difficulty, needs_generate, needs_init_student
+from pocl_dist.display.output import say
 from pocl_dist.files import new_folder
 from pocl_dist.pipeline.cache_inputs import plan_temperatures
 from pocl_dist.pipeline.comparison.arms import RowCounts
@@ -31,7 +32,6 @@ from pocl_dist.pipeline.measure import measure
 from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.plan_files import read_plan
 from pocl_dist.pipeline.probes import resumed_results
-from pocl_dist.pipeline.progress import say
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_lock import run_lock
 from pocl_dist.pipeline.run_step import Step

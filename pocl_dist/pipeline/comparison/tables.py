@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+from pocl_dist.display.output import make_console
 from pocl_dist.pipeline.comparison.scores import columns_of
 from pocl_dist.pipeline.report_page.comparison_page import comparison_page
 from pocl_dist.pipeline.report_page.page import chart_library, render
@@ -176,11 +177,10 @@ def markdown(value: Row) -> str:
 
 def print_tables(value: Row) -> None:
     """Prints the ROUGE-L tables and what is missing."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = make_console()
     tables = [("ROUGE-L, %", main_table(value, "rouge_l"))]
     if value["ablations"]:
         tables.append(("Ablations, ROUGE-L, %", ablation_table(value, "rouge_l")))
