@@ -31,8 +31,8 @@ def _train_steps(path: str, num_steps: int) -> Steps:
 
     from pocl_dist.distributed.process_group import join_process_group
     from pocl_dist.pipeline import distill, train_step
+    from pocl_dist.pipeline.prepare import prepare_training
     from pocl_dist.pipeline.stop_request import StopRequest
-    from pocl_dist.pipeline.training import prepare_training
 
     config = load_config([path])
     run = RunDirectory(Path(config.run_dir))

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard
 from pocl_dist.config import Config, load_config
 from pocl_dist.config.loss_names import LOSSES
 from pocl_dist.files import atomic_write_json, read_json, read_json_lines
+from pocl_dist.pipeline.card_method import FORMULAS
 from pocl_dist.pipeline.card_names import front_matter, is_hub_id, public_name
 from pocl_dist.pipeline.manifest import write_manifest
-from pocl_dist.pipeline.model_card import FORMULAS, update_card
+from pocl_dist.pipeline.model_card import update_card
 from pocl_dist.pipeline.plan import read_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.verify import find_changes

@@ -131,10 +131,10 @@ def _train_around_injuries(path: str, names: list[str]) -> dict[str, list[str]]:
     from pocl_dist.distributed.collectives import barrier
     from pocl_dist.distributed.process_group import join_process_group
     from pocl_dist.pipeline import distill
+    from pocl_dist.pipeline.prepare import prepare_training
     from pocl_dist.pipeline.rewind import go_back
     from pocl_dist.pipeline.save import save
     from pocl_dist.pipeline.stop_request import StopRequest
-    from pocl_dist.pipeline.training import prepare_training
 
     rank, findings = join_process_group(60), {}
     for name in names:

@@ -22,7 +22,7 @@ FORBIDDEN_CALLS = {
     "shutil.unpack_archive", "tempfile.mktemp", "torch.hub.load", "numpy.fromregex",
     "pandas.read_pickle", "pd.read_pickle", "torch.jit.load", "torch.package.PackageImporter",
 }  # fmt: skip
-LOADERS = ("_Loader",)  # a yaml.SafeLoader that refuses more: config/load.py
+LOADERS = ("_Loader",)  # a yaml.SafeLoader that refuses more: config/yaml_text.py
 
 
 def _argument(call: ast.Call, name: str) -> str | None:
@@ -87,7 +87,7 @@ def test_no_file_of_the_package_does_what_is_forbidden() -> None:
 def test_the_loader_of_configs_is_a_safe_one() -> None:
     import yaml
 
-    from pocl_dist.config.load import _Loader
+    from pocl_dist.config.yaml_text import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
 

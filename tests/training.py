@@ -187,7 +187,7 @@ def first_gradient(config: Path, world_size: int) -> dict[str, torch.Tensor]:
 
 def _buffer_dtypes(path: str) -> dict[str, str]:
     from pocl_dist.distributed.process_group import join_process_group
-    from pocl_dist.pipeline.training import prepare_training
+    from pocl_dist.pipeline.prepare import prepare_training
 
     config = load_config([path])
     training = prepare_training(config, RunDirectory(Path(config.run_dir)), join_process_group(60))

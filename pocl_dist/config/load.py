@@ -4,100 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pocl_dist.config.checks import check_config
 from pocl_dist.config.schema import Config
 from pocl_dist.config.shipped import find_config
+from pocl_dist.config.yaml_text import parse_yaml, to_yaml
 from pocl_dist.errors import ConfigError
 from pocl_dist.files import JSONValue
 from pocl_dist.guards import printable, shown
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_DEPTH = 50  # of nesting; no section is deeper than four
 MAX_MISTAKES = 20  # told at once; a file of another program has thousands
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2, without aliases, tags and repeated keys.
-
-    YAML 1.1, PyYAML's default, reads `1e-4` as text, `off` as False, `017` as 15 and `1:30` as 90.
-    """
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise _complaint("aliases are not allowed", event)
-        if getattr(event, "tag", None) is not None:
-            raise _complaint(f"the tag {event.tag} is not allowed", event)
-        if self._depth == MAX_DEPTH:
-            raise _complaint("nested too deeply", event)
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(
-        self, node: yaml.MappingNode, deep: bool = False
-    ) -> dict[Hashable, object]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise _complaint("a key must be a word", key_node)
-            if key_node.value in seen:
-                raise _complaint(f"key {key_node.value!r} is given twice", key_node)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _complaint(problem: str, where: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
-    mark = cast("yaml.error.Mark", where.start_mark)
-    return yaml.constructor.ConstructorError(None, None, problem, mark)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number: to PyYAML alone `1e4` is text."""
-
-
-# What a plain scalar means; anything else is text. Dates, octals and merge keys
-# are no part of a config.
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-    (
-        "float",
-        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$",
-        list("-+.0123456789"),
-    ),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
-
-
-def _parse_yaml(text: str, source: str) -> JSONValue:
-    try:
-        return cast("JSONValue", yaml.load(text, Loader=_Loader))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        problem = " ".join(str(part) for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{source}: not valid YAML: {problem}{where}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError:
-        raise ConfigError(f"{source}: not valid YAML: nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
 
 
 def _read_file(path: Path) -> dict[str, JSONValue]:
@@ -109,7 +32,7 @@ def _read_file(path: Path) -> dict[str, JSONValue]:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
-    value = _parse_yaml(text, str(path))
+    value = parse_yaml(text, str(path))
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds {type(value).__name__}, expected keys and values")
     return value
@@ -131,7 +54,7 @@ def _merge(base: dict[str, JSONValue], over: Mapping[str, JSONValue]) -> dict[st
 
 def _parse_override(text: str) -> dict[str, JSONValue]:
     key, _, raw = text.partition("=")
-    value = _parse_yaml(raw, key) if raw.strip() else None
+    value = parse_yaml(raw, key) if raw.strip() else None
     parts = key.strip().split(".")
     if not all(parts):
         raise ConfigError(f"{text!r}: an override is section.key=value")
@@ -257,6 +180,4 @@ def load_words(words: Sequence[str]) -> Config:
 
 def dump_config(config: Config) -> str:
     """Returns the config, defaults included, as YAML that `load_config` reads back equal."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
+    return to_yaml(config.model_dump(mode="json"))

@@ -31,6 +31,7 @@ from pocl_dist.failpoints import failpoint
 from pocl_dist.pipeline.agreement import agree_on_setup
 from pocl_dist.pipeline.dev import evaluate_on_dev
 from pocl_dist.pipeline.nonfinite import skip_step
+from pocl_dist.pipeline.prepare import prepare_training
 from pocl_dist.pipeline.quarters import evaluate_quarters
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_lock import abandonment
@@ -39,7 +40,7 @@ from pocl_dist.pipeline.step_answers import answered_batch, choose_answers
 from pocl_dist.pipeline.step_batches import micro_batches, sampler_of
 from pocl_dist.pipeline.stop_request import StopRequest
 from pocl_dist.pipeline.train_step import NotFinite, StepResult, train_step
-from pocl_dist.pipeline.training import Training, prepare_training
+from pocl_dist.pipeline.training import Training
 from pocl_dist.records import Stage
 from pocl_dist.trackers.registry import wanted_trackers
 

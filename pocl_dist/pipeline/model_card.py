@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import cast
 
 from pocl_dist.config import Config, select_keys
-from pocl_dist.config.loss_names import LOSSES, complete_kwargs
 from pocl_dist.data.encoding import render_plain
 from pocl_dist.files import JSONValue, atomic_write_text, digest_of, read_json, read_json_lines
+from pocl_dist.pipeline.card_method import loss_sentence, origin, summary
 from pocl_dist.pipeline.card_names import FILE, front_matter, public_name
 from pocl_dist.pipeline.harness import figures_of
 from pocl_dist.pipeline.inputs import result_inputs
@@ -25,63 +25,6 @@ from pocl_dist.versions import versions
 
 SCORES_HEAD = "\n## Scores\n\n"
 TRAINING_HEAD = "\n\n## Training\n\n"
-
-FORMULAS: Mapping[str, str] = {
-    "forward_kl": "Σ t (log t − log s)",
-    "reverse_kl": "Σ s (log s − log t)",
-    "jensen_shannon": "w KL(s‖m) + (1 − w) KL(t‖m), m = (1 − w) t + w s, w = {student_weight:g}",
-    "total_variation": "½ Σ |t − s|",
-    "skew_forward_kl": "KL(t ‖ α t + (1 − α) s), α = {skew:g}",
-    "skew_reverse_kl": "KL(s ‖ (1 − α) t + α s), α = {skew:g}",
-    "symmetric_kl": "(1 − w) KL(t‖s) + w KL(s‖t), w = {reverse_weight:g}",
-    "adaptive_kl": "a KL(t‖s) + (1 − a) KL(s‖t), a by the gap on the head of mass {head_mass:g}",
-    "alpha_beta": "the α-β divergence (arXiv 2505.04560), α = {alpha:g}, β = {beta:g}",
-}
-"""Of a token, with the teacher's and the student's probabilities t and s at temperature T."""
-
-
-def _origin(config: Config) -> str:
-    student, teacher = config.models.student, config.models.teacher
-    if student.path is not None:
-        text = f"`{public_name(student.path)}`"
-    else:
-        assert teacher is not None, "checked with the config"
-        text = f"layers {student.init_layers} of `{public_name(teacher.path)}`"
-    if student.adapter is not None:
-        text += f" with adapter `{public_name(student.adapter)}`"
-    return text
-
-
-def _method(config: Config, num_stages: int) -> str:
-    if config.models.teacher is None:
-        text = "supervised fine-tuning"
-    elif num_stages == 1:
-        text = f"distillation ({config.loss.name}), no curriculum"
-    elif config.curriculum.ordering != "curriculum":
-        ordering = config.curriculum.ordering
-        text = f"distillation ({config.loss.name}) in {num_stages} stages, ordering {ordering}"
-    else:
-        text = f"distillation ({config.loss.name}) with the POCL curriculum (arXiv 2506.05695)"
-    if config.data.responses == "teacher":
-        text += ", on the teacher's answers (SeqKD)"
-    if config.policy.mode != "off":
-        text += f", on-policy ({config.policy.mode})"
-    if config.models.student.lora is not None:
-        text += f", LoRA of rank {config.models.student.lora.rank} (merged)"
-    return text
-
-
-def _loss(config: Config) -> str:
-    if config.models.teacher is None:
-        return "Loss: the mean cross-entropy of the response tokens, end of text included."
-    kwargs = complete_kwargs(config.loss.name, config.loss.kwargs)
-    formula = FORMULAS[config.loss.name].format(**kwargs)
-    return (
-        f"Loss, a mean over the response tokens of the whole batch: `ratio · scale(T) · D_T + "
-        f"(1 − ratio) · CE`, with D_T = {formula} per token, between teacher t and student s at "
-        f"temperature T; scale: `{config.loss.temperature_scaling}` (order "
-        f"{LOSSES[config.loss.name].temperature_order} in T); CE: cross-entropy of the reference."
-    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +87,7 @@ def _scores(run: RunDirectory) -> str:
 def _digest_table(config: Config, inputs: Mapping[str, JSONValue]) -> str:
     names = {
         "data": f"training rows `{public_name(config.data.train)}`",
-        "student": f"student before, {_origin(config)}",
+        "student": f"student before, {origin(config)}",
         "plan": "ranking and stages",
         "tokenizer": "tokenizer",
     }
@@ -218,7 +161,7 @@ def model_card(
     return f"""{front_matter(config, student_folder)}
 # Distilled student
 
-{_summary(config, len(stages), step)}
+{summary(config, len(stages), step)}
 
 ## How to load
 
@@ -229,7 +172,7 @@ def model_card(
 Made for prompts like its training rows, in the template above; on others it may answer worse than
 the model that it was made from. It was taught to imitate {model} and has the errors and biases of
 both; its answers were not checked for truth or harm.
-{SCORES_HEAD}{_scores(run)}{TRAINING_HEAD}{_loss(config)}
+{SCORES_HEAD}{_scores(run)}{TRAINING_HEAD}{loss_sentence(config)}
 
 {_stage_table(stages, _Course.read(run, step))}
 
@@ -242,19 +185,6 @@ Dev metric: {dev}. Visits: how often a row was trained on, summed.
 Config of the result: sha256 `{digest_of(result_inputs(config))}`. Made with `pocl-dist run`;
 {made_by}.
 """
-
-
-def _summary(config: Config, num_stages: int, step: int) -> str:
-    teacher = config.models.teacher
-    name = "none" if teacher is None else f"`{public_name(teacher.path)}`"
-    if teacher is not None and teacher.adapter is not None:
-        name += f" with adapter `{public_name(teacher.adapter)}`"
-    train = public_name(config.data.train)
-    return f"""- student made from: {_origin(config)}
-- teacher: {name}
-- method: {_method(config, num_stages)}
-- training rows: `{train}`, template `{config.data.template}`
-- {step} optimizer steps of {config.engine.global_batch_size} rows, seed {config.seed}"""
 
 
 def update_card(run: RunDirectory) -> None:

@@ -16,8 +16,9 @@ from pocl_dist.distributed.parameters import set_weight
 from pocl_dist.files import JSONValue
 from pocl_dist.on_policy.replay_buffer import KIND as REPLAY
 from pocl_dist.on_policy.replay_buffer import stored_ids
+from pocl_dist.pipeline.prepare import progress_of
 from pocl_dist.pipeline.save import finish_save
-from pocl_dist.pipeline.training import Training, progress_of
+from pocl_dist.pipeline.training import Training
 
 
 def step_to_go_back_to(training: Training) -> int | None:
