@@ -261,17 +261,26 @@ def test_a_cause_that_may_pass_is_the_one_that_is_told(finished: Comparison) -> 
         compare_step.raise_missing(comparison, tabulate(comparison, REQUEST.to_json()))
 
 
+TWO_RATES = CompareRequest(("forward_kl",), (1,), (1e-3, 1e-1))
+
+
+def _with_two_rates(tmp_path: Path) -> Comparison:
+    """Returns a comparison whose runs with the smaller rate are done; the others are not begun."""
+    base = base_config(tmp_path)
+    make_shared_files(base)
+    comparison = comparison_of(base, TWO_RATES)
+    for arm in comparison.arms:
+        answer_run(comparison, comparison.compared(arm, 1e-3, 1), SCORES, dev=(10.0,))
+    return comparison
+
+
 def test_a_diverged_learning_rate_is_no_candidate_and_does_not_spoil_the_arm(
     tmp_path: Path,
 ) -> None:
-    base = base_config(tmp_path)
-    make_shared_files(base)
-    request = CompareRequest(("forward_kl",), (1,), (1e-3, 1e-1))
-    comparison = comparison_of(base, request)
+    comparison = _with_two_rates(tmp_path)
     for arm in comparison.arms:
-        answer_run(comparison, comparison.compared(arm, 1e-3, 1), SCORES, dev=(10.0,))
         _diverge_first(comparison, comparison.compared(arm, 1e-1, 1))
-    value = tabulate(comparison, request.to_json())
+    value = tabulate(comparison, TWO_RATES.to_json())
     assert value["is_complete"] is True
     assert "sft, learning rate 0.1: failed: step 7: the loss is not finite" in value["marks"]  # type: ignore
 
@@ -279,18 +288,14 @@ def test_a_diverged_learning_rate_is_no_candidate_and_does_not_spoil_the_arm(
 def test_a_learning_rate_that_was_lost_is_left_out_and_the_scheduler_is_told(
     tmp_path: Path,
 ) -> None:
-    base = base_config(tmp_path)
-    make_shared_files(base)
-    request = CompareRequest(("forward_kl",), (1,), (1e-3, 1e-1))
-    comparison = comparison_of(base, request)
+    comparison = _with_two_rates(tmp_path)
     for arm in comparison.arms:
-        answer_run(comparison, comparison.compared(arm, 1e-3, 1), SCORES, dev=(10.0,))
         train_run(comparison, comparison.compared(arm, 1e-1, 1), dev=(5.0,))
     victim = comparison.compared(comparison.arms[0], 1e-1, 1)
     _lost(comparison, victim)
     comparison.forget(victim)
     assert comparison.chosen_rate(comparison.arms[0]) == 1e-3
-    value = tabulate(comparison, request.to_json())
+    value = tabulate(comparison, TWO_RATES.to_json())
     assert value["is_complete"] is False
     with pytest.raises(WorkerError, match=r"sft, learning rate 0\.1: failed: rank 1 was lost"):
         compare_step.raise_missing(comparison, value)
