@@ -9,11 +9,23 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from pocl_dist.distributed.shard_queue import ShardT, halves_of
+from pocl_dist.distributed.shard_queue import Shard, ShardT, halves_of
 from pocl_dist.records import EncodedExample
+
+
+class CountedShard(Shard, Protocol):
+    """A shard of which the speed can be told."""
+
+    def num_tokens(self, method: str) -> int:
+        """Returns the input tokens that `method` of the worker takes."""
+        ...
+
+
+CountedT = TypeVar("CountedT", bound=CountedShard)
 
 
 @dataclass(frozen=True)
@@ -160,12 +172,13 @@ class OpenShards(Mapping[str, WorkShard]):
         self,
         row: Callable[[int], WorkRow],
         in_order: np.ndarray,
+        num_tokens: np.ndarray,
         batch_size: int,
         shard_size: int,
         is_done: np.ndarray,
         is_left_out: np.ndarray,
     ) -> None:
-        """Takes the rows' places by length, then id, and masks by place; `row` returns one."""
+        """Takes places by length, then id; lengths and masks by place; `row` gives one row."""
         self._row = row
         self._in_order = in_order
         self._batch_size = batch_size
@@ -173,12 +186,15 @@ class OpenShards(Mapping[str, WorkShard]):
         self._answers: Mapping[str, str] | None = None
         starts = np.arange(0, len(in_order), batch_size)
         is_open = ~np.logical_and.reduceat((is_done | is_left_out)[in_order], starts)
-        num_asked = np.add.reduceat((~is_left_out)[in_order].astype(np.int64), starts)
+        is_asked = ~is_left_out[in_order]
+        num_asked = np.add.reduceat(is_asked.astype(np.int64), starts)
+        tokens_asked = np.add.reduceat(np.where(is_asked, num_tokens[in_order], 0), starts)
         batches = np.flatnonzero(is_open)
         per_shard = -(-shard_size // batch_size)
         cuts = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
         self._batches = {_name(int(cut[0])): cut for cut in reversed(cuts)}
         self.sizes = {name: int(num_asked[cut].sum()) for name, cut in self._batches.items()}
+        self.tokens = {name: int(tokens_asked[cut].sum()) for name, cut in self._batches.items()}
 
     def with_answers(self, answers: Mapping[str, str]) -> OpenShards:
         """Takes the answers of a server, by example id, for all rows; returns itself."""
@@ -215,3 +231,10 @@ def sizes_of(shards: Mapping[str, ShardT]) -> Mapping[str, int]:
     if isinstance(shards, OpenShards):
         return shards.sizes
     return {name: shard.num_rows for name, shard in shards.items()}
+
+
+def tokens_of(shards: Mapping[str, CountedT], name: str, method: str) -> int:
+    """Returns the input tokens that `method` of the worker takes of a shard; makes none."""
+    if isinstance(shards, OpenShards):
+        return shards.tokens[name]
+    return shards[name].num_tokens(method)

@@ -12,17 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from pocl_dist.config import Config, EvaluateConfig
 from pocl_dist.config.pass_sections import GenerateConfig
-from pocl_dist.difficulty.work import WorkShard, sizes_of
+from pocl_dist.difficulty.work import CountedT, WorkShard, sizes_of, tokens_of
 from pocl_dist.difficulty.worker import ModelWorker, ShardResult, WorkerSettings
 from pocl_dist.display.output import say
 from pocl_dist.display.rows import RowProgress
 from pocl_dist.distributed.ray_pool import ActorPool
 from pocl_dist.distributed.ray_session import ray_session
-from pocl_dist.distributed.shard_queue import Shard
 from pocl_dist.errors import PoclError, StoppedError, WorkerError
 from pocl_dist.failpoints import failpoint
 from pocl_dist.models.generation import Sampling
@@ -71,16 +70,7 @@ def worker_settings(
     )
 
 
-class CountedShard(Shard, Protocol):
-    """A shard of which the speed can be told."""
-
-    def num_tokens(self, method: str) -> int:
-        """Returns the input tokens that `method` of the worker takes."""
-        ...
-
-
 T = TypeVar("T")
-CountedT = TypeVar("CountedT", bound=CountedShard)
 # Whoever ends a job signals all its processes: Ray's daemons may be gone before we are told.
 LAST_SIGNAL_SECONDS = 1.0
 
@@ -176,6 +166,7 @@ def work_off(
                 "stopped on request; what is finished is saved, the same command goes on"
             )
 
+    sizes = sizes_of(shards)
     with (
         progress,
         ActorPool[CountedT](
@@ -184,5 +175,4 @@ def work_off(
     ):
         for name, results in pool.map(method, shards, raise_if_asked, give_up):
             yield name, results
-            shard = shards[name]  # made again: that is little beside its answers
-            progress.advance(shard.num_rows, shard.num_tokens(method))
+            progress.advance(sizes[name], tokens_of(shards, name, method))

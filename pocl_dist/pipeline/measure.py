@@ -96,7 +96,9 @@ def measure(config: Config, run: RunDirectory) -> None:
         settings = worker_settings(config, source, str(inputs["models.student model sha256"]))
         is_left_out = is_in(ids, text_array(quarantine.unworkable()))
         in_order = by_length(lengths.num_tokens, ids)
-        shards = _open_shards(config, rows, encoder, in_order, is_done, is_left_out)
+        shards = _open_shards(
+            config, rows, encoder, in_order, lengths.num_tokens, is_done, is_left_out
+        )
         if server is not None:
             shards.with_answers(server_answers(config, run, shards, rows, server))
         _work_off(config, run, settings, shards, len(ids), quarantine)
@@ -138,6 +140,7 @@ def _open_shards(
     rows: Rows,
     encoder: Encoder,
     in_order: np.ndarray,
+    num_tokens: np.ndarray,
     is_done: np.ndarray,
     is_left_out: np.ndarray,
 ) -> OpenShards:
@@ -148,7 +151,7 @@ def _open_shards(
         return WorkRow(encoder.encode(example), example.references[:1])
 
     sizes = config.generation.batch_size, config.ray.shard_size
-    return OpenShards(row, in_order, *sizes, is_done, is_left_out)
+    return OpenShards(row, in_order, num_tokens, *sizes, is_done, is_left_out)
 
 
 def _work_off(
