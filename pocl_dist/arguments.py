@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from pocl_dist import __version__
@@ -64,9 +65,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pocl-dist",
         description="Distil a language model with the POCL curriculum (arXiv 2506.05695).",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Whole names only: an abbreviation would change its meaning when options are added.
+    commands = parser.add_subparsers(
+        dest="command",
+        required=True,
+        metavar="COMMAND",
+        parser_class=partial(argparse.ArgumentParser, allow_abbrev=False),
+    )
     _add_config_commands(commands)
     _add_compare(commands)
     text = "memory, time and disk that a config needs on a cluster; loads no model"

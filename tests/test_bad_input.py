@@ -246,7 +246,16 @@ def test_the_outcome_of_a_run_can_be_asked_for_later(command: Command, config: P
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["fly"], ["plan"], ["plan", "--fast", "x.yaml"], ["verify"], ["score"]]
+    "words",
+    [
+        [],
+        ["fly"],
+        ["plan"],
+        ["plan", "--fast", "x.yaml"],
+        ["plan", "--quie", "x"],
+        ["verify"],
+        ["score"],
+    ],
 )
 def test_a_wrong_command_line_is_2(command: Command, words: list[str]) -> None:
     outcome = command(*words)

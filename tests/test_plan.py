@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pocl_dist.config import Config
 from pocl_dist.config.steps import needs_difficulty
 from pocl_dist.curriculum.stages import order
+from pocl_dist.data.columns import number_array, text_array, write_columns
 from pocl_dist.errors import DataError, MismatchError, MissingInputError, RefusedError
 from pocl_dist.files import JSONValue, atomic_write_json, digest_of
 from pocl_dist.pipeline import plan_files
@@ -277,6 +280,24 @@ def test_a_long_ranking_lies_in_a_file_of_its_own(
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(MismatchError, match=r"plan-ranking\.parquet was changed"):
         read_plan(run.plan)
+
+
+def test_a_ranking_file_is_never_held_as_a_whole(tmp_path: Path) -> None:
+    path, num_rows = tmp_path / "plan-ranking.parquet", 16 * 65_536
+    write_columns(
+        path,
+        num_rows,
+        lambda part: {
+            "example_id": text_array(
+                [f"{row * 7919 % num_rows:016x}" for row in range(part.start, part.stop)]
+            ),
+            "row": number_array(np.arange(part.start, part.stop)),
+        },
+    )
+    ranking, before = RankingFile(path, num_rows, "digest"), pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in ranking.parts()]
+    assert len(held) == 16
+    assert max(held) - min(held) < 4 * 2**20, "a row group takes 1.1 MiB, whatever came before"
 
 
 def test_a_ranking_file_may_not_leave_the_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pocl_dist.data.row_form import MAX_ROW_BYTES
+from pocl_dist.data.row_streams import ParquetRows
 from pocl_dist.data.sources import Rows, read_rows
 from pocl_dist.errors import DataError, MissingInputError
 from pocl_dist.records import Example
@@ -226,6 +228,21 @@ def test_parquet_rows_are_read_like_those_of_jsonl(tmp_path: Path, file: Path) -
     pq.write_table(pa.table({"prompt": ["p"], "response": [["a", "b"]]}), tmp_path / "rows.parquet")
     listed = read_rows(str(tmp_path / "rows.parquet"), "data.train")
     assert listed.examples[0].references == ("a", "b")
+
+
+def test_a_parquet_file_is_never_held_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    with pq.ParquetWriter(
+        path, pa.schema({"prompt": pa.string(), "response": pa.string()})
+    ) as file:
+        for group in range(32):
+            text = random.Random(group).randbytes(512 * 1024).hex()
+            texts = [text[start : start + 1024] for start in range(0, len(text), 1024)]
+            file.write_table(pa.table({"prompt": texts, "response": ["x"] * 1024}))
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in ParquetRows(str(path), path).rows()]
+    assert len(held) == 32 * 1024
+    assert max(held) < 12 * 2**20, "a batch and its pages, of 32 MiB"
 
 
 def test_a_null_in_parquet_is_a_missing_field_and_its_row_is_named(tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ class ParquetRows:
 
         number = 0
         try:
-            for batch in pq.ParquetFile(self._path).iter_batches(PARQUET_BATCH_ROWS):
+            # With `pre_buffer` Arrow would keep the whole file in memory, as it reads it.
+            file = pq.ParquetFile(self._path, pre_buffer=False)
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {key: value for key, value in row.items() if value is not None}

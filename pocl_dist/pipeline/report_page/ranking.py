@@ -31,7 +31,7 @@ def read_ranking(file: Path, stages: Sequence[Stage], is_reversed: bool) -> Rank
     """
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file)
+    table = pq.ParquetFile(file, pre_buffer=False)  # else Arrow keeps all that it read
     num_rows = int(table.metadata.num_rows)
     stride = evenly(num_rows, MAX_POINTS)
     points: Columns = {name: [] for name in ("place", "stage", *_NAMES)}
