@@ -19,7 +19,7 @@ from pocl_dist.errors import DivergedError, MismatchError, StoppedError, WorkerE
 from pocl_dist.files import atomic_write_json, atomic_write_text, read_json
 from pocl_dist.pipeline import compare as compare_step
 from pocl_dist.pipeline.comparison import death_signal
-from pocl_dist.pipeline.comparison.children import last_words
+from pocl_dist.pipeline.comparison.children import cores_of, last_words
 from pocl_dist.pipeline.comparison.folders import ComparedRun
 from pocl_dist.pipeline.comparison.request import CompareRequest
 from pocl_dist.pipeline.comparison.rounds import Comparison, needs_training
@@ -403,6 +403,13 @@ def _wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path.name}"
         time.sleep(0.02)
+
+
+def test_trainings_at_once_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4, 6, 7})
+    assert cores_of(0, 1) == {1, 3, 4, 6, 7}
+    assert [cores_of(slot, 2) for slot in range(2)] == [{1, 4, 7}, {3, 6}]
+    assert cores_of(5, 6) == {1, 3, 4, 6, 7}, "more trainings than cores"
 
 
 def test_the_last_words_of_a_log_are_its_last_line(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Child:
     process: subprocess.Popen[bytes]
     started: float
     last_line: float
+    slot: int = 0  # which of the trainings at once: its share of the cores
     is_told: bool = False  # to save and end
 
     def tell(self) -> None:
@@ -77,12 +78,22 @@ def _write_config(config: Config, path: Path) -> None:
         atomic_write_text(path, text)
 
 
-def start_training(compared: ComparedRun) -> Child:
+def cores_of(slot: int, num_jobs: int) -> set[int]:
+    """Returns the cores of one of so many trainings at once: an equal share, all if too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[slot::num_jobs] if len(cores) >= num_jobs else cores)
+
+
+def start_training(compared: ComparedRun, slot: int, num_jobs: int) -> Child:
     """Starts all steps of a run but its test sets, which are answered when it is chosen."""
     _write_config(compared.config, compared.config_file)
     words = ["run", str(compared.config_file), "data.eval=[]"]
     now = time.monotonic()
-    return Child(compared, _start(words, compared.log_file), now, now)
+    process = _start(words, compared.log_file)
+    # A rank takes as many threads as it has cores; two trainings' threads on the same cores spin.
+    with contextlib.suppress(ProcessLookupError):
+        os.sched_setaffinity(process.pid, cores_of(slot, num_jobs))
+    return Child(compared, process, now, now, slot)
 
 
 def run_alone(command: str, config: Config, config_file: Path, stop: StopRequest) -> None:
@@ -147,7 +158,8 @@ def train_all(
                 compared = next_run()
                 if compared is None:
                     break
-                children.append(start_training(compared))
+                slot = min(set(range(num_jobs)) - {child.slot for child in children})
+                children.append(start_training(compared, slot, num_jobs))
             if not children:
                 break
             time.sleep(POLL_SECONDS)
