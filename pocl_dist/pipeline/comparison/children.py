@@ -25,6 +25,7 @@ from pocl_dist.files import atomic_write_text
 from pocl_dist.pipeline.comparison import death_signal
 from pocl_dist.pipeline.comparison.folders import ComparedRun
 from pocl_dist.pipeline.stop_request import StopRequest
+from pocl_dist.processes import cores_of
 
 POLL_SECONDS = 0.2
 SECONDS_BETWEEN_LINES = 60.0
@@ -78,19 +79,12 @@ def _write_config(config: Config, path: Path) -> None:
         atomic_write_text(path, text)
 
 
-def cores_of(slot: int, num_jobs: int) -> set[int]:
-    """Returns the cores of one of so many trainings at once: an equal share, all if too few."""
-    cores = sorted(os.sched_getaffinity(0))
-    return set(cores[slot::num_jobs] if len(cores) >= num_jobs else cores)
-
-
 def start_training(compared: ComparedRun, slot: int, num_jobs: int) -> Child:
     """Starts all steps of a run but its test sets, which are answered when it is chosen."""
     _write_config(compared.config, compared.config_file)
     words = ["run", str(compared.config_file), "data.eval=[]"]
     now = time.monotonic()
     process = _start(words, compared.log_file)
-    # A rank takes as many threads as it has cores; two trainings' threads on the same cores spin.
     with contextlib.suppress(ProcessLookupError):
         os.sched_setaffinity(process.pid, cores_of(slot, num_jobs))
     return Child(compared, process, now, now, slot)
