@@ -242,7 +242,7 @@ def test_an_arm_without_any_run_leaves_a_line_without_figures(finished: Comparis
     text = markdown(value)
     assert "| SFT |  | 120 | 0.001 | – |" in text
     assert "| forward_kl | KD + POCL | 120 | 0.001 | 25.00 ± 0.00 |" in text
-    with pytest.raises(DivergedError, match="the table lacks 2 run"):
+    with pytest.raises(DivergedError, match="the table lacks runs: sft, seeds 1, 2: failed"):
         compare_step.raise_missing(comparison, value)
 
 

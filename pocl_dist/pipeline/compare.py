@@ -166,6 +166,6 @@ def raise_missing(comparison: Comparison, value: Mapping[str, JSONValue]) -> Non
     codes.sort(key=lambda code: code not in (69, 71))
     marks = value["marks"]
     assert isinstance(marks, list)
-    text = f"the table lacks {len(marks)} run(s): {'; '.join(map(str, marks))}"
+    text = f"the table lacks runs: {'; '.join(map(str, marks))}"
     error: PoclError | None = error_of(codes[0], text) if codes else None
     raise error or StoppedError(text)

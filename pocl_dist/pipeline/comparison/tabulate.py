@@ -124,11 +124,7 @@ def _arm_row(
         for seed in comparison.seeds
         if rate is not None
     ]
-    marks = [
-        f"{arm.name}, seed {row['seed']}: {row['state']}: {row['reason']}"
-        for row in runs
-        if row["state"] != "done"
-    ]
+    marks = _open_runs(arm, runs)
     if rate is None:
         marks.append(f"{arm.name}: no learning rate is chosen: {_why_none(candidates)}")
     if len(candidates) > 1:
@@ -155,6 +151,18 @@ def _arm_row(
         "marks": marks,
     }
     return cast("dict[str, JSONValue]", row)
+
+
+def _open_runs(arm: Arm, runs: Sequence[Mapping[str, object]]) -> list[str]:
+    """Returns a line for each cause that keeps seeds of an arm out of the table."""
+    seeds: dict[str, list[str]] = {}
+    for row in runs:
+        if row["state"] != "done":
+            seeds.setdefault(f"{row['state']}: {row['reason']}", []).append(str(row["seed"]))
+    return [
+        f"{arm.name}, seed{'s' if len(of_cause) > 1 else ''} {', '.join(of_cause)}: {cause}"
+        for cause, of_cause in seeds.items()
+    ]
 
 
 def _why_none(candidates: Sequence[rates.Candidate]) -> str:
