@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pocl_dist import __version__
 from pocl_dist.cluster.estimate.arguments import add_arguments
@@ -60,21 +60,21 @@ def _add_config_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
             )
 
 
+class _WholeNames(argparse.ArgumentParser):
+    """Takes whole option names only, in subcommands too: new options change abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _WholeNames(
         prog="pocl-dist",
         description="Distil a language model with the POCL curriculum (arXiv 2506.05695).",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pocl-dist {__version__}")
-    # Whole names only: an abbreviation would change its meaning when options are added.
-    commands = parser.add_subparsers(
-        dest="command",
-        required=True,
-        metavar="COMMAND",
-        parser_class=partial(argparse.ArgumentParser, allow_abbrev=False),
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_config_commands(commands)
     _add_compare(commands)
     text = "memory, time and disk that a config needs on a cluster; loads no model"
