@@ -16,6 +16,7 @@ from pocl_dist.files import atomic_write
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _DTYPES = {"double": np.float64, "int64": np.int64, "uint64": np.uint64, "int32": np.int32}
 SLICE_ROWS = 65_536  # that are Python objects, or copies, at a time
@@ -165,6 +166,17 @@ class TextColumn(Texts):
 
 
 # --------------------------------------------------------------------------------------- Parquet
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Opens a Parquet file that is read in batches.
+
+    With pyarrow's default, `pre_buffer`, a row group is read whole however little of it is asked
+    for, and a pass over the file keeps all groups to its end.
+    """
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path, pre_buffer=False)
 
 
 def write_columns(

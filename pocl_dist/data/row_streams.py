@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from pocl_dist.data.columns import open_parquet
 from pocl_dist.data.row_form import MAX_ROW_BYTES, BadRowError, parse_line
 from pocl_dist.errors import DataError, MissingInputError, UnavailableError
 from pocl_dist.files import JSONValue, package_file, sha256_file
@@ -105,14 +106,11 @@ class ParquetRows:
 
     def rows(self) -> Iterator[Numbered]:
         """Yields the rows, numbered from 1."""
-        import pyarrow.parquet as pq
         from pyarrow import ArrowException
 
         number = 0
         try:
-            # With `pre_buffer` Arrow would keep the whole file in memory, as it reads it.
-            file = pq.ParquetFile(self._path, pre_buffer=False)
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+            for batch in open_parquet(self._path).iter_batches(PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {key: value for key, value in row.items() if value is not None}

@@ -15,6 +15,7 @@ from pocl_dist.data.columns import (
     join,
     number_array,
     numbers_of,
+    open_parquet,
     places_in,
     text_array,
     write_columns,
@@ -69,12 +70,8 @@ class RankingFile(Texts):
         return TextColumn(join([batch.cast(pa.large_string()) for batch in self._batches(_ID)]))
 
     def _batches(self, column: str) -> Iterator[pa.Array]:
-        import pyarrow.parquet as pq
-
-        # With `pre_buffer` Arrow keeps what it read of each row group to the end: 200 MiB of ids.
-        with pq.ParquetFile(self._path, pre_buffer=False) as file:
-            for batch in file.iter_batches(columns=[column]):
-                yield batch.column(0)
+        for batch in open_parquet(self._path).iter_batches(columns=[column]):
+            yield batch.column(0)
 
     def parts(self) -> Iterator[list[str]]:
         """Yields all ids, some at a time; the file is not held."""

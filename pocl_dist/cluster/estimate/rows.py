@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pocl_dist.cluster.estimate.model_files import config_file
 from pocl_dist.cluster.estimate.workload import RowLength, Workload
 from pocl_dist.config import Config
+from pocl_dist.data.columns import open_parquet
 from pocl_dist.data.row_form import parse_line, parse_row
 from pocl_dist.errors import DataError, MissingInputError, UsageError
 from pocl_dist.files import package_file
@@ -123,11 +124,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parquet_sample(path: Path) -> tuple[int, list[Example]]:
     """Returns the number of rows, and a sample from the beginning of evenly spread row groups."""
-    import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
     try:
-        file = pq.ParquetFile(path)
+        file = open_parquet(path)
         groups = sorted(
             {i * file.num_row_groups // 20 for i in range(20)} if file.num_row_groups else ()
         )

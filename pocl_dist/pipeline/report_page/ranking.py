@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pocl_dist.data.columns import open_parquet
 from pocl_dist.pipeline.report_page.series import Columns
 from pocl_dist.pipeline.report_page.thinning import evenly
 from pocl_dist.records import Stage
@@ -29,9 +30,7 @@ def read_ranking(file: Path, stages: Sequence[Stage], is_reversed: bool) -> Rank
 
     `stages` may be empty: then the rows belong to none, and `stage` is null.
     """
-    import pyarrow.parquet as pq
-
-    table = pq.ParquetFile(file, pre_buffer=False)  # else Arrow keeps all that it read
+    table = open_parquet(file)
     num_rows = int(table.metadata.num_rows)
     stride = evenly(num_rows, MAX_POINTS)
     points: Columns = {name: [] for name in ("place", "stage", *_NAMES)}
