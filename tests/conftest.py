@@ -8,16 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pocl_dist.processes import cores_of
-
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # What a worker starts inherits it: a rank of one test no longer spins beside those of another.
-    slot = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    os.sched_setaffinity(0, cores_of(slot, int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

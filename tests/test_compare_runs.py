@@ -19,7 +19,7 @@ from pocl_dist.errors import DivergedError, MismatchError, StoppedError, WorkerE
 from pocl_dist.files import atomic_write_json, atomic_write_text, read_json
 from pocl_dist.pipeline import compare as compare_step
 from pocl_dist.pipeline.comparison import death_signal
-from pocl_dist.pipeline.comparison.children import last_words
+from pocl_dist.pipeline.comparison.children import cores_of, last_words
 from pocl_dist.pipeline.comparison.folders import ComparedRun
 from pocl_dist.pipeline.comparison.request import CompareRequest
 from pocl_dist.pipeline.comparison.rounds import Comparison, needs_training
@@ -31,7 +31,6 @@ from pocl_dist.pipeline.plan import make_plan
 from pocl_dist.pipeline.run_directory import RunDirectory
 from pocl_dist.pipeline.run_lock import run_lock
 from pocl_dist.pipeline.verify import find_changes
-from pocl_dist.processes import cores_of
 from tests.comparing import (
     answer_run,
     base_config,

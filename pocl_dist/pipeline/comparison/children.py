@@ -25,7 +25,6 @@ from pocl_dist.files import atomic_write_text
 from pocl_dist.pipeline.comparison import death_signal
 from pocl_dist.pipeline.comparison.folders import ComparedRun
 from pocl_dist.pipeline.stop_request import StopRequest
-from pocl_dist.processes import cores_of
 
 POLL_SECONDS = 0.2
 SECONDS_BETWEEN_LINES = 60.0
@@ -77,6 +76,15 @@ def _write_config(config: Config, path: Path) -> None:
     text = dump_config(config)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         atomic_write_text(path, text)
+
+
+def cores_of(slot: int, num_jobs: int) -> set[int]:
+    """Returns the cores of one of so many trainings at once: an equal share, all if too few.
+
+    A rank takes as many threads as it has cores; those of two trainings on the same cores spin.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[slot::num_jobs] if len(cores) >= num_jobs else cores)
 
 
 def start_training(compared: ComparedRun, slot: int, num_jobs: int) -> Child:
