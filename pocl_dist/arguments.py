@@ -61,7 +61,7 @@ def _add_config_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
 
 
 class _WholeNames(argparse.ArgumentParser):
-    """Takes whole option names only, in subcommands too: new options change abbreviations."""
+    """Takes whole option names only, as do its subcommands: a new option may share a beginning."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
