@@ -16,7 +16,7 @@ if [ -z "${NUM_RANKS:-}" ]; then
     NUM_RANKS=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 if [ -z "${MASTER_PORT:-}" ]; then
-    MASTER_PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    MASTER_PORT=$("$PYTHON" -m pocl_dist.free_port)
 fi
 if ! command -v nvidia-smi >/dev/null 2>&1 || [ "${CUDA_VISIBLE_DEVICES-all}" = "" ]; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}

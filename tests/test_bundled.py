@@ -37,6 +37,17 @@ def test_splits_have_their_sizes_and_share_no_question() -> None:
     assert len({row["id"] for row in rows}) == len(rows)
 
 
+def test_more_rows_ask_nothing_twice_and_nothing_of_the_bundled_rows(tmp_path: Path) -> None:
+    make_rows.write_more_rows(tmp_path, {"dev": 42, "test": 70})
+    lines = [(tmp_path / f"{name}.jsonl").read_text() for name in ("dev", "test")]
+    more = [json.loads(line) for text in lines for line in text.splitlines()]
+    rows = more + [row for split in SPLITS for row in read_rows(split)]
+    assert len({(row["instruction"], row["input"]) for row in rows}) == 112 + 1896
+    assert {row["task"] for row in more} == set(TASKS)
+    make_rows.write_more_rows(tmp_path, {"dev": 42, "test": 70})
+    assert [(tmp_path / f"{name}.jsonl").read_text() for name in ("dev", "test")] == lines
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_task_is_in_every_split_about_equally_often(split: str) -> None:
     tasks = [row["task"] for row in read_rows(split)]

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trackers",
         "shard_files",
         "hosts",
+        "free_port",
     ),
     ("difficulty", "curriculum", "teacher", "on_policy"),
     ("pipeline", "cluster"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from pocl_dist.errors import (
     UnavailableError,
 )
 from pocl_dist.files import read_json
+from pocl_dist.free_port import free_port
 from pocl_dist.models.greedy import answer_and_score
 from pocl_dist.models.loading import load_model, load_tokenizer
 from pocl_dist.models.sources import ModelFolder
@@ -54,12 +54,6 @@ CHAT_TEMPLATE = (
 
 
 # ----------------------------------------------------------------------------------- a real server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

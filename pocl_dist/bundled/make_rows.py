@@ -1,6 +1,9 @@
 """Writes train.jsonl, dev.jsonl and test.jsonl: the bundled instruction rows.
 
 Run it as `python -m pocl_dist.bundled.make_rows [FOLDER]`. The same seed gives the same bytes.
+
+With `--more dev=280,test=1008` it writes further rows instead, into FOLDER/dev.jsonl and
+FOLDER/test.jsonl, none of which asks what a bundled row asks: for figures that are less noisy.
 """
 
 import argparse
@@ -62,28 +65,60 @@ def read_split(folder: Path, split: str) -> list[Exercise]:
     return [Exercise(row["instruction"], row["input"], row["output"]) for row in rows]
 
 
+def _write_split(path: Path, num_rows: int, rng: random.Random, seen: set[tuple[str, str]]) -> None:
+    lines = [
+        json.dumps({"id": f"{path.stem}-{number:04d}", **asdict(exercise), "task": task})
+        for number, (task, exercise) in enumerate(unseen_exercises(rng, num_rows, seen))
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def write_rows(folder: Path) -> None:
     """Writes the three splits into `folder`; no question is in two of them."""
     rng = random.Random(SEED)
     seen: set[tuple[str, str]] = set()
     # dev and test come first: train then has whatever is left of the small task families.
     for split in ("dev", "test", "train"):
-        lines = [
-            json.dumps({"id": f"{split}-{number:04d}", **asdict(exercise), "task": task})
-            for number, (task, exercise) in enumerate(
-                unseen_exercises(rng, SPLIT_SIZES[split], seen)
-            )
-        ]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write_split(folder / f"{split}.jsonl", SPLIT_SIZES[split], rng, seen)
+
+
+def write_more_rows(folder: Path, sizes: dict[str, int]) -> None:
+    """Writes `{name: number of rows}` into `folder`; no question twice, none of a bundled row."""
+    rng = random.Random(SEED + 1)
+    seen = {prompt_key(row) for split in SPLIT_SIZES for row in read_split(FOLDER, split)}
+    for name, num_rows in sizes.items():
+        _write_split(folder / f"{name}.jsonl", num_rows, rng, seen)
+
+
+def _sizes(text: str) -> dict[str, int]:
+    pairs = [word.partition("=") for word in text.split(",")]
+    sizes = {name: int(number) for name, _, number in pairs}
+    # `repeat`, the smallest family, has no more than about 580 questions that are left.
+    if not all(name.isidentifier() for name in sizes) or not 0 < sum(sizes.values()) <= 5000:
+        raise ValueError
+    return sizes
 
 
 def main() -> None:
     """Writes the rows beside this file, or into the folder given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
-    folder: Path = parser.parse_args().folder
+    parser.add_argument(
+        "--more",
+        type=_sizes,
+        metavar="NAME=ROWS[,...]",
+        default={},
+        help="further rows: at most 5000, into FOLDER/NAME.jsonl",
+    )
+    options = parser.parse_args()
+    folder: Path = options.folder
+    if options.more and folder.resolve() == FOLDER.resolve():
+        parser.error("--more: name a folder, the bundled rows stay as they are")
     folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder)
+    if options.more:
+        write_more_rows(folder, options.more)
+    else:
+        write_rows(folder)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from pathlib import Path
 
+from pocl_dist.free_port import free_port
 from tests.chaos.compare import differences, verify_problem
 from tests.chaos.jobs import Job
 from tests.chaos.lab import Lab, failing_at
@@ -25,9 +25,7 @@ def _library() -> str | None:
 
 def _start_ranks(config: Path, turn: int, library: str, skews: tuple[str, str]) -> list[Job]:
     """Starts two ranks as a scheduler would that gives each host its rank; each has its clock."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     jobs = []
     for rank, skew in enumerate(skews):
         environment = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from pocl_dist.errors import WorkerError
+from pocl_dist.free_port import free_port
 from pocl_dist.guards import printable
 
 TIMEOUT_SECONDS = 150.0
@@ -25,9 +25,7 @@ def describe_gpus() -> dict[str, object]:
 
 def all_reduce_here(num_ranks: int, device_type: str, megabytes: int) -> dict[str, object]:
     """Returns the cost of an all-reduce over ranks on this machine, one per device."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = ["all-reduce", device_type, str(megabytes)]
     started = [
         _start(

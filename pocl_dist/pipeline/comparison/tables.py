@@ -145,7 +145,7 @@ def _intro(value: Row) -> Iterator[str]:
         first = cast("list[int]", request["seeds"])[0]
         yield f"Each arm chose its learning rate from {rates} by dev {metric} with seed {first}."
     else:
-        yield f"All arms have the learning rate {grid[0]:g}: no grid was given."
+        yield f"All arms have the learning rate {grid[0]:g}: none had a choice."
 
 
 def titled_tables(value: Row) -> dict[str, list[list[str]]]:
