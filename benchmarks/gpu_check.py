@@ -287,8 +287,10 @@ def check_train_step() -> dict[str, object]:
 
 def check_zero3() -> dict[str, object]:
     """Two ZeRO-3 steps on one rank, head gathered as an external parameter; losses must fall."""
+    from pocl_dist.free_port import free_port
+
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     import deepspeed
     from torch import nn
 
@@ -321,14 +323,6 @@ def check_zero3() -> dict[str, object]:
     if not losses[-1] < losses[0]:
         raise ValueError(f"the loss does not fall under ZeRO-3: {losses}")
     return {"losses": losses}
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
 
 
 if __name__ == "__main__":
